@@ -1,0 +1,93 @@
+"""Checkpoints: saved by Orbax, verified when they are read."""
+
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """The last few checkpoints of a run; a context manager."""
+
+    def __init__(self, directory: Path, keep: int):
+        """
+        Args:
+          keep: how many to keep; older ones are deleted.
+        """
+        self._directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            # In the background the arrays would be read while the next step reuses their memory.
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, enable_async_checkpointing=False
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Saves; returns once it is written.
+
+        Args:
+          step: how many steps are done.
+          state: a pytree of arrays.
+          progress: what else the run needs to go on, as JSON.
+        """
+        if step == self._manager.latest_step():
+            return
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                progress=ocp.args.JsonSave(progress),
+                checksums=ocp.args.JsonSave(_checksums(state)),
+            ),
+        )
+        if not saved:
+            raise RuntimeError(f"the checkpoint of step {step} was not saved in {self._directory}")
+
+    def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The latest checkpoint, or None where there is none.
+
+        Args:
+          state: arrays of the shapes and on the devices the result should have; the values do not matter.
+
+        Raises:
+          ValueError: the checkpoint is damaged, or is of another net.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        remedy = f"delete {self._directory / str(step)} to go on from the checkpoint before it, or from the start"
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
+                    progress=ocp.args.JsonRestore(),
+                    checksums=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:  # Orbax has no type of its own for unreadable files
+            raise ValueError(f"the checkpoint of step {step} cannot be read ({error}): {remedy}") from error
+        # Orbax notices missing files, but not changed bytes.
+        actual = _checksums(restored["state"])
+        wrong = [name for name, checksum in restored["checksums"].items() if actual.get(name) != checksum]
+        if wrong:
+            raise ValueError(f"the checkpoint of step {step} is damaged, first in {wrong[0]}: {remedy}")
+        return restored["state"], restored["progress"]
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in leaves}

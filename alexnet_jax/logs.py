@@ -1,0 +1,126 @@
+"""What a run says while it goes: metrics.jsonl, TensorBoard, a progress bar, plain lines in train.log."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams as hparams_summaries
+
+
+class Logs:
+    """The records of one run; a context manager."""
+
+    def __init__(self, workdir: Path, *, start: int, stop: int):
+        """
+        Args:
+          workdir: the run's folder, whose name and whose parent's name the run goes by on the terminal.
+          start: steps that are done already; what was recorded of later ones is forgotten, as they are done again.
+          stop: steps of the whole run.
+        """
+        self._start, self._stop = start, stop
+        self._began = time.monotonic()
+        metrics = workdir / "metrics.jsonl"
+        kept = [line for line in _complete_lines(metrics) if json.loads(line)["step"] <= start]
+        metrics.write_text("".join(kept))
+        self._metrics = metrics.open("a", buffering=1)
+        self._log = (workdir / "train.log").open("a", buffering=1)
+        self._tensorboard = SummaryWriter(str(workdir), purge_step=start + 1)
+        self._name = "/".join(workdir.absolute().parts[-2:])
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}  {task.fields[speed]}"),
+            TimeRemainingColumn(),
+            transient=True,
+        )
+        self._task = self._bar.add_task(self._name, total=stop, completed=start, loss="", speed="")
+        self._has_bar = sys.stdout.isatty()
+
+    def __enter__(self) -> Self:
+        if self._has_bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.say(f"stopped: {error!r}")
+        self._bar.stop()
+        self._tensorboard.close()
+        self._metrics.close()
+        self._log.close()
+
+    def say(self, text: str) -> None:
+        """One line to train.log, and to standard output where that is no terminal with a progress bar."""
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if not self._has_bar:
+            print(f"{self._name}: {text}", flush=True)
+
+    def progress(self, step: int) -> None:
+        """Moves the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def write(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Records metrics under the same names everywhere, and returns them.
+
+        Args:
+          step: how many steps are done.
+        """
+        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+        left = (self._stop - step) * (time.monotonic() - self._began) / max(1, step - self._start)
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.say(f"step {step}/{self._stop}  {values}  {left:.0f} s left")
+        if "train/loss" in metrics:
+            speed = metrics.get("images_per_second", math.nan)
+            self._bar.update(self._task, loss=f"loss {metrics['train/loss']:.3f}", speed=f"{speed:.0f} images/s")
+        return metrics
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """A picture for TensorBoard: (height, width, 3) of floats from 0 to 1."""
+        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+
+    def hparams(self, values: dict[str, Any], metrics: dict[str, float]) -> None:
+        """The run's row in TensorBoard's hparams tab, with its final metrics."""
+        flat = {name: v if isinstance(v, int | float | str) else str(v) for name, v in values.items()}
+        # The summaries go into the run's own file: SummaryWriter.add_hparams would open a second run for them.
+        for summary in hparams_summaries(flat, metrics):
+            self._tensorboard.file_writer.add_summary(summary)
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines of a file, less a last one that was being written when the process was killed."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def kernels_picture(kernels: np.ndarray) -> np.ndarray:
+    """First-layer kernels as the paper's figure 3 shows them: one tower's in the upper rows, the next one's below.
+
+    Args:
+      kernels: (towers, height, width, channels, features) with 1 or 3 channels.
+
+    Returns:
+      (height, width, 3) from 0 to 1; each kernel is scaled to its own largest value, grey is zero.
+    """
+    towers, height, width, channels, features = kernels.shape
+    columns = min(features, 16)
+    rows = -(-features // columns)
+    kernels = kernels / np.abs(kernels).max(axis=(1, 2, 3), keepdims=True).clip(1e-12)
+    picture = np.full((towers * rows, height + 1, columns, width + 1, 3), 1.0)
+    for tower in range(towers):
+        for feature in range(features):
+            row, column = divmod(feature, columns)
+            picture[tower * rows + row, :height, column, :width] = 0.5 + 0.5 * kernels[tower, ..., feature]
+    return picture.reshape(towers * rows * (height + 1), columns * (width + 1), 3)

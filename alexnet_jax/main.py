@@ -1,0 +1,36 @@
+"""The command: python -m alexnet_jax.main --config=configs/ablation_lrn.py[:scale] [--config.KEY=VALUE ...]
+
+Kept short: everything it does is a function that a notebook can call.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from alexnet_jax import config, study, towers
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="A file of configs/, and after a colon its scale.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The study's folder; by default runs/, then the config's name.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}: flags begin with two dashes")
+    if _CONFIG.value is None:
+        raise app.UsageError("say which study: --config=configs/ablation_lrn.py")
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    towers.ensure_host_devices(_CONFIG.value.model.towers)
+    try:
+        study.run_study(_CONFIG.value, _WORKDIR.value or Path("runs") / name)
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt as stopped:
+        sys.exit(f"{stopped}\nthe same command goes on from there")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=config.parse_flags)

@@ -1,0 +1,87 @@
+"""The small JSON files of a run's folder: config.json, env.json and, once it is finished, result.json."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def read_json(path: Path) -> Any | None:
+    """The value in a file, or None where there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def result(workdir: Path) -> dict[str, Any] | None:
+    """The result of a finished run; None where it is not finished."""
+    return read_json(workdir / "result.json")
+
+
+def claim(workdir: Path, config: dict[str, Any]) -> None:
+    """Makes a folder the run of a config.
+
+    Args:
+      config: nested, as JSON has it (lists, not tuples).
+
+    Raises:
+      ValueError: the folder holds a run of another config.
+    """
+    path = workdir / "config.json"
+    there = read_json(path)
+    if there is None:
+        write_json(path, config)
+    elif there != config:
+        old, new = _flatten(there), _flatten(config)
+        changes = [
+            f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+            for key in sorted(old | new)
+            if old.get(key) != new.get(key)
+        ]
+        raise ValueError(
+            f"{workdir} holds a run of another config ({'; '.join(changes)}): "
+            "choose another --workdir, or delete that folder to start anew"
+        )
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers of a run depend on besides its config: versions, machine, state of the repository."""
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+    }
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the repository this file is in; empty where there is none."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,290 @@
+"""One run, from a config to a result: ``train_and_evaluate``."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from ml_collections import ConfigDict
+
+from alexnet_jax import augment, data, model, optim, records
+from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.config import validate
+from alexnet_jax.evaluate import evaluator, per_image
+from alexnet_jax.logs import Logs, kernels_picture
+from alexnet_jax.towers import AXIS, Executor
+
+
+@flax.struct.dataclass
+class State:
+    """What a step changes. Outside the mapped step every array has a leading tower axis.
+
+    Attributes:
+      params: of the net.
+      opt_state: of the update rule.
+      sums: loss and errors of all images since they were last logged, and how many images these were.
+    """
+
+    params: Any
+    opt_state: Any
+    sums: dict[str, jax.Array]
+
+
+def prepare(config: ConfigDict) -> tuple[data.DataSet, Executor]:
+    """Opens what a run needs and checks that it can run, before anything expensive.
+
+    Raises:
+      ValueError: a value, the data set, the devices or the shapes do not fit; the message says what to do.
+    """
+    validate(config)
+    dataset = data.load(config.data)
+    if config.train.batch_size > len(dataset.train):
+        raise ValueError(
+            f"train.batch_size={config.train.batch_size}: must be at most the {len(dataset.train)} "
+            f"training images of {config.data.name}"
+        )
+    if len(config.data.mean) not in (1, dataset.channels):
+        raise ValueError(
+            f"data.mean={config.data.mean}: must be one number, or one for each of the {dataset.channels} "
+            f"channels of {config.data.name}"
+        )
+    jax.eval_shape(lambda: init_state(config, dataset))
+    return dataset, Executor(config.train.executor, config.model.towers)
+
+
+def steps_per_epoch(config: ConfigDict, dataset: data.DataSet) -> float:
+    return len(dataset.train) / config.train.batch_size
+
+
+def update_rule(config: ConfigDict, dataset: data.DataSet) -> optax.GradientTransformation:
+    return optim.sgd(config.optim, optim.schedule(config.optim, steps_per_epoch(config, dataset)))
+
+
+def init_state(config: ConfigDict, dataset: data.DataSet) -> State:
+    """The state before the first step: a function of the config's seed."""
+    shape = (config.data.crop, config.data.crop, dataset.channels)
+    params = model.init(config.model, dataset.classes, shape, jax.random.fold_in(jax.random.key(config.seed), 0))
+    opt_state = jax.vmap(update_rule(config, dataset).init)(params)
+    return State(params, opt_state, no_sums(config.model.towers))
+
+
+def no_sums(towers: int) -> dict[str, jax.Array]:
+    return {name: jnp.zeros(towers) for name in ("loss", "top1_error", "top5_error", "images")}
+
+
+def train_step(config: ConfigDict, dataset: data.DataSet, executor: Executor) -> Callable[..., State]:
+    """The compiled step ``(state, batch, seed, step) -> state``, which donates the state it is given.
+
+    Crops, flips and dropout are a function of (seed, step), where the first step is 1.
+    """
+    net = model.AlexNet(config.model, dataset.classes)
+    rule = update_rule(config, dataset)
+
+    def tower_step(state: State, batch: dict[str, jax.Array], seed: jax.Array, step: jax.Array) -> State:
+        views_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+        images = augment.random_views(batch["image"], config.data, views_key)
+        rngs = {"dropout": jax.random.fold_in(dropout_key, lax.axis_index(AXIS))}
+
+        def loss_share(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            logits = net.apply({"params": params}, images, train=True, rngs=rngs)
+            metrics = per_image(logits, batch["label"])
+            # Each tower's gradient is that of the sum over towers, and each has computed the whole loss.
+            return metrics["loss"].mean() / lax.axis_size(AXIS), metrics
+
+        gradients, metrics = jax.grad(loss_share, has_aux=True)(state.params)
+        updates, opt_state = rule.update(gradients, state.opt_state, state.params)
+        metrics["images"] = jnp.ones(len(images))
+        sums = {name: state.sums[name] + values.sum() for name, values in metrics.items()}
+        return State(optax.apply_updates(state.params, updates), opt_state, sums)
+
+    return executor.map(tower_step, in_axes=(0, None, None, None), out_axes=0, donate_argnums=(0,))
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Trains one net, or goes on with training it, and evaluates it.
+
+    Args:
+      config: of one run (``config.run_config``).
+      workdir: the run's folder. Where it holds an interrupted run of the same config, that is gone on with.
+      labels: what the run is called by in TensorBoard's hparams tab, such as its arm and seed.
+
+    Returns:
+      The result, as in ``result.json``: the last metrics (errors are fractions of 1), steps, parameters, seconds.
+
+    Raises:
+      ValueError: the config cannot run, or the folder holds a run of another config.
+      FloatingPointError: the loss is not finite any more.
+      KeyboardInterrupt: a signal asked to stop; a checkpoint was saved first.
+    """
+    workdir = Path(workdir)
+    dataset, executor = prepare(config)
+    records.claim(workdir, json.loads(config.to_json()))
+    if finished := records.result(workdir):
+        return finished
+    devices = [str(device) for device in executor.devices]
+    records.write_json(workdir / "env.json", records.environment() | {"executor": executor.name, "devices": devices})
+
+    first_layer = config.model.order[0]
+    epoch = steps_per_epoch(config, dataset)
+    steps = max(1, round(config.train.epochs * epoch))
+    learning_rate = optim.schedule(config.optim, epoch)
+    run_step = train_step(config, dataset, executor)
+    evaluate = evaluator(config, dataset, executor)
+
+    with Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints) as checkpoints, _stop_asked() as stop:
+        state = executor.place(init_state(config, dataset))
+        progress = _Progress()
+        if restored := checkpoints.restore(state):
+            state, progress = restored[0], _Progress(**restored[1])
+        with Logs(workdir, start=progress.step, stop=steps) as logs:
+            logs.say(f"{executor.name} on {', '.join(devices)}: from step {progress.step} to {steps}")
+            clock = _Clock(progress)
+            batches = data.train_batches(dataset, config, seed=config.seed, start=progress.step, stop=steps)
+            for step, batch in enumerate(batches, progress.step + 1):
+                state = run_step(state, batch, np.uint32(config.seed), np.int32(step))
+                clock.count(config.train.batch_size, state)
+                progress.step = step
+                logs.progress(step)
+                last = step == steps
+                if last or step % config.train.log_every == 0:
+                    metrics = _means(state.sums, step) | {"learning_rate": float(learning_rate(step - 1))}
+                    state = state.replace(sums=executor.place(no_sums(config.model.towers)))
+                    progress.metrics |= logs.write(step, metrics | clock.lap())
+                if last or _passes(step, epoch * config.eval.every_epochs):
+                    with clock.paused(state):
+                        progress.metrics |= logs.write(step, evaluate(state.params))
+                        kernels = jax.device_get(state.params[first_layer]["kernel"])
+                        logs.image(step, f"{first_layer}/kernels", kernels_picture(kernels))
+                if last or step % config.train.checkpoint_every == 0 or stop.is_set():
+                    with clock.paused(state):
+                        checkpoints.save(step, state, dataclasses.asdict(progress))
+                if stop.is_set() and not last:
+                    raise KeyboardInterrupt(f"{workdir}: stopped at step {step} of {steps}, which is saved")
+
+            result = {
+                "steps": steps,
+                "epochs": steps / epoch,
+                "parameters": model.count_parameters(state.params),
+                **progress.metrics,
+                "images_per_second": progress.images / max(progress.training_seconds, 1e-9),
+                "seconds": progress.seconds,
+            }
+            logs.hparams(labels or {"seed": config.seed}, {k: v for k, v in result.items() if k.startswith("eval/")})
+    records.write_json(workdir / "result.json", result)
+    return result
+
+
+@dataclasses.dataclass
+class _Progress:
+    """What a run needs to go on, besides its state.
+
+    Attributes:
+      step: steps done.
+      metrics: the last of each.
+      images: trained on while the clock ran, in ``training_seconds``.
+      training_seconds: without compilation, evaluation and checkpoints.
+      seconds: all together.
+    """
+
+    step: int = 0
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    images: int = 0
+    training_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+class _Clock:
+    """Keeps the times of a `_Progress`."""
+
+    def __init__(self, progress: _Progress):
+        self._progress = progress
+        self._before = progress.seconds
+        self._began = time.monotonic()
+        self._mark: float | None = None  # since when training has been going on; None until it is compiled
+        self._lap = (progress.images, progress.training_seconds)
+
+    def count(self, images: int, state: State) -> None:
+        """One more step is done, or, on an asynchronous device, dispatched."""
+        if self._mark is None:
+            jax.block_until_ready(state)
+            self._mark = time.monotonic()
+        else:
+            self._progress.images += images
+
+    def _settle(self) -> None:
+        now = time.monotonic()
+        self._progress.seconds = self._before + now - self._began
+        if self._mark is not None:
+            self._progress.training_seconds += now - self._mark
+            self._mark = now
+
+    def lap(self) -> dict[str, float]:
+        """``images_per_second`` since the last lap, where there was a step in it that did not compile."""
+        self._settle()
+        images, seconds = self._progress.images - self._lap[0], self._progress.training_seconds - self._lap[1]
+        self._lap = (self._progress.images, self._progress.training_seconds)
+        return {"images_per_second": images / seconds} if images else {}
+
+    @contextlib.contextmanager
+    def paused(self, state: State) -> Iterator[None]:
+        """For what is not training."""
+        jax.block_until_ready(state)
+        self._settle()
+        yield
+        self._mark = time.monotonic()
+
+
+def _means(sums: dict[str, jax.Array], step: int) -> dict[str, float]:
+    """Mean loss and errors of training since they were last logged.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
+    """
+    totals = {name: float(total[0]) for name, total in jax.device_get(sums).items()}
+    images = totals.pop("images")
+    means = {f"train/{name}": total / images for name, total in totals.items()}
+    if not math.isfinite(means["train/loss"]):
+        raise FloatingPointError(
+            f"train/loss is {means['train/loss']} by step {step}: the net has diverged; lower "
+            "--config.optim.learning_rate"
+        )
+    return means
+
+
+def _passes(step: int, period: float) -> bool:
+    """Whether a multiple of the period lies within this step."""
+    return step // period > (step - 1) // period
+
+
+@contextlib.contextmanager
+def _stop_asked() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; asked twice, they act as they always do."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield asked
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

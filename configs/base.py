@@ -1,0 +1,129 @@
+"""Every field there is. As it stands: the paper's net on ImageNet; the other configs are small differences to it.
+
+Sections, tables and figures are those of Krizhevsky, Sutskever, Hinton: ImageNet Classification with Deep
+Convolutional Neural Networks (NIPS 2012). Where the text is silent, the authors' 2012 code decides.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference, placeholder
+
+from configs import scales
+
+
+def conv(
+    features: int,
+    kernel: int,
+    *,
+    stride: int = 1,
+    padding: tuple[int, int] = (0, 0),
+    crosses: bool = False,
+    weight_std: float = 0.01,
+    bias: float = 0.0,
+    then: tuple[str, ...] = ("activation",),
+) -> ConfigDict:
+    """A convolution.
+
+    Args:
+      features: kernels of all towers together.
+      kernel: height and width, in pixels.
+      stride: in pixels.
+      padding: zeros before (left, top) and after (right, bottom), in pixels.
+      crosses: whether it sees the maps of all towers or of its own only.
+      weight_std: standard deviation of the initial weights, which are normal with mean 0.
+      bias: initial value of the biases.
+      then: what follows, in order: of "activation", "lrn", "max_pool" and "dropout".
+    """
+    return ConfigDict({"kind": "conv", **locals()})
+
+
+def dense(
+    features: int | FieldReference,
+    *,
+    crosses: bool = True,
+    weight_std: float = 0.01,
+    bias: float = 0.0,
+    then: tuple[str, ...] = ("activation", "dropout"),
+) -> ConfigDict:
+    """A fully connected layer; arguments as for `conv`."""
+    return ConfigDict({"kind": "dense", **locals()})
+
+
+def get_config(scale: str = "imagenet2012") -> ConfigDict:
+    """The base at one of the scales of `configs/scales.py`."""
+    config = ConfigDict()
+
+    config.model = ConfigDict()
+    config.model.towers = 2  # section 3.2
+    config.model.activation = "relu"  # section 3.1; or "tanh"
+
+    # Figure 2. Kernels and neurons are those of both towers together.
+    config.model.order = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+    config.model.layers = ConfigDict()
+    layers = config.model.layers
+    # 224 to 55 takes three more pixels: in the 2012 code the last window hangs over the right and bottom edge.
+    layers.conv1 = conv(96, 11, stride=4, padding=(0, 3), then=("activation", "lrn", "max_pool"))
+    layers.conv2 = conv(256, 5, padding=(2, 2), bias=1.0, then=("activation", "lrn", "max_pool"))
+    layers.conv3 = conv(384, 3, padding=(1, 1), crosses=True)
+    layers.conv4 = conv(384, 3, padding=(1, 1), bias=1.0)
+    layers.conv5 = conv(256, 3, padding=(1, 1), bias=1.0, then=("activation", "max_pool"))
+    layers.fc6 = dense(4096, bias=1.0)
+    layers.fc7 = dense(4096, bias=1.0)
+    layers.fc8 = dense(placeholder(int), then=())  # left open: one neuron for each class
+
+    # Local response normalisation, section 3.3: within a tower; alpha times the plain sum of squares.
+    config.model.lrn = ConfigDict()
+    config.model.lrn.enabled = True
+    config.model.lrn.n = 5  # channels
+    config.model.lrn.k = 2.0
+    config.model.lrn.alpha = 1e-4
+    config.model.lrn.beta = 0.75
+
+    # Section 3.4. Overlapping: the stride is less than the window.
+    config.model.pool = ConfigDict()
+    config.model.pool.window = 3  # pixels
+    config.model.pool.stride = 2  # pixels
+
+    config.model.dropout = ConfigDict()
+    config.model.dropout.rate = 0.5  # share of the outputs that is dropped, section 4.2; 0 is off
+
+    config.data = ConfigDict()
+    config.data.name = "imagenet2012"  # "mnist5k", which is embedded, or a data set prepared with TFDS
+    config.data.data_dir = ""  # where TFDS looks; empty: TFDS's own default
+    config.data.train_split = "train"
+    config.data.eval_split = "validation"  # the errors reported are on this split
+    config.data.image_size = 256  # pixels: shorter side scaled to it, then the central square, section 2
+    config.data.crop = 224  # pixels: side of the squares the net sees, section 4.1
+    config.data.mean = (122.7, 116.7, 104.0)  # subtracted; grey levels of 0-255, per channel
+    config.data.std = 1.0  # divides after that; the paper leaves the pixels as they are
+    config.data.augment = ConfigDict()  # training only, section 4.1; evaluation sees the centre crop
+    config.data.augment.random_crop = True
+    config.data.augment.flip = True
+    config.data.threads = 2  # that decode images
+    config.data.prefetch = 8  # batches read ahead
+
+    # Section 5. Decay and rate apply to all parameters alike, as the text has it.
+    config.optim = ConfigDict()
+    config.optim.learning_rate = 0.01
+    config.optim.momentum = 0.9
+    config.optim.weight_decay = 0.0005
+    config.optim.cut_epochs = (23.0, 51.0, 78.0)  # when the rate is cut: "three times", here as the 2012 log has it
+    config.optim.cut_divisor = 10.0
+
+    config.train = ConfigDict()
+    config.train.executor = "auto"  # or "vmap": one device; "pmap": one device a tower
+    config.train.batch_size = 128
+    config.train.epochs = 90.0
+    config.train.log_every = 100  # steps
+    config.train.checkpoint_every = 2000  # steps; there is always one at the end, too
+    config.train.keep_checkpoints = 2
+
+    config.eval = ConfigDict()
+    config.eval.batch_size = 250
+    config.eval.every_epochs = 1.0
+
+    # A study runs every arm with every seed. An arm is what it changes of the above; the first is the reference.
+    config.arms = ConfigDict({"base": {}}, sort_keys=False)
+    config.seeds = (0,)
+
+    scales.apply(config, scale)
+    return config
