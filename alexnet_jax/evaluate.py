@@ -41,7 +41,7 @@ def evaluator(config: ConfigDict, dataset: data.DataSet, executor: Executor) -> 
 
     def step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         images = augment.centre_views(batch["image"], config.data)
-        logits = model.apply({"params": params}, images, train=False)
+        logits: Any = model.apply({"params": params}, images, train=False)
         metrics = per_image(logits, batch["label"]) | {"count": jnp.ones(len(logits))}
         return {name: jnp.sum(values, where=batch["mask"]) for name, values in metrics.items()}
 

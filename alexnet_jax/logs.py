@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams as hparams_summaries
 
+from alexnet_jax import records
+
 
 class Logs:
     """The records of one run; a context manager."""
@@ -27,7 +29,7 @@ class Logs:
         self._start, self._stop = start, stop
         self._began = time.monotonic()
         metrics = workdir / "metrics.jsonl"
-        kept = [line for line in _complete_lines(metrics) if json.loads(line)["step"] <= start]
+        kept = [line for line in records.complete_lines(metrics) if json.loads(line)["step"] <= start]
         metrics.write_text("".join(kept))
         self._metrics = metrics.open("a", buffering=1)
         self._log = (workdir / "train.log").open("a", buffering=1)
@@ -39,14 +41,12 @@ class Logs:
             MofNCompleteColumn(),
             TextColumn("{task.fields[loss]}  {task.fields[speed]}"),
             TimeRemainingColumn(),
-            transient=True,
+            disable=not sys.stdout.isatty(),
         )
         self._task = self._bar.add_task(self._name, total=stop, completed=start, loss="", speed="")
-        self._has_bar = sys.stdout.isatty()
 
     def __enter__(self) -> Self:
-        if self._has_bar:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(
@@ -60,9 +60,9 @@ class Logs:
         self._log.close()
 
     def say(self, text: str) -> None:
-        """One line to train.log, and to standard output where that is no terminal with a progress bar."""
+        """One line to train.log, and to standard output where that is no terminal, so shows no bar."""
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        if not self._has_bar:
+        if self._bar.disable:
             print(f"{self._name}: {text}", flush=True)
 
     def progress(self, step: int) -> None:
@@ -98,13 +98,6 @@ class Logs:
             self._tensorboard.file_writer.add_summary(summary)
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of a file, less a last one that was being written when the process was killed."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
 def kernels_picture(kernels: np.ndarray) -> np.ndarray:
     """First-layer kernels as the paper's figure 3 shows them: one tower's in the upper rows, the next one's below.
 
@@ -114,7 +107,7 @@ def kernels_picture(kernels: np.ndarray) -> np.ndarray:
     Returns:
       (height, width, 3) from 0 to 1; each kernel is scaled to its own largest value, grey is zero.
     """
-    towers, height, width, channels, features = kernels.shape
+    towers, height, width, _, features = kernels.shape
     columns = min(features, 16)
     rows = -(-features // columns)
     kernels = kernels / np.abs(kernels).max(axis=(1, 2, 3), keepdims=True).clip(1e-12)

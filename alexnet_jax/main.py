@@ -3,6 +3,7 @@
 Kept short: everything it does is a function that a notebook can call.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -18,10 +19,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The study's folder; by default 
 
 
 def main(argv: list[str]) -> None:
+    """Runs the study that the flags name."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}: flags begin with two dashes")
     if _CONFIG.value is None:
         raise app.UsageError("say which study: --config=configs/ablation_lrn.py")
+    logging.getLogger().setLevel(logging.ERROR)  # the libraries' chatter would drown the runs' own lines
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     towers.ensure_host_devices(_CONFIG.value.model.towers)
     try:

@@ -53,26 +53,27 @@ class AlexNet(nn.Module):
         layer = self.config.layers[name]
         features = self.classes if layer.features is None else layer.features
         share = -(-features // lax.axis_size(AXIS))  # rounded up: the head is padded, and cut after the gather
-        initializers = {
-            "kernel_init": nn.initializers.normal(layer.weight_std),
-            "bias_init": nn.initializers.constant(layer.bias),
-        }
+        kernel_init = nn.initializers.normal(layer.weight_std)
+        bias_init = nn.initializers.constant(layer.bias)
         if layer.kind == "dense":
-            return nn.Dense(share, name=name, **initializers)(x.reshape(x.shape[0], -1))
+            dense = nn.Dense(share, kernel_init=kernel_init, bias_init=bias_init, name=name)
+            return dense(x.reshape(x.shape[0], -1))
         size, (before, after) = x.shape[1], layer.padding
         if size + before + after < layer.kernel:
             raise ValueError(
                 f"{name}: a kernel of {layer.kernel}x{layer.kernel} does not fit a map of {size}x{size} padded by "
                 f"{before}+{after}: use larger images (data.crop), smaller strides or fewer poolings"
             )
-        return nn.Conv(
+        conv = nn.Conv(
             share,
             (layer.kernel, layer.kernel),
             strides=layer.stride,
             padding=((before, after), (before, after)),
+            kernel_init=kernel_init,
+            bias_init=bias_init,
             name=name,
-            **initializers,
-        )(x)
+        )
+        return conv(x)
 
     def _operation(self, operation: str, x: jax.Array, train: bool) -> jax.Array:
         """One of the operations that may follow the weights; an operation that is switched off is the identity."""

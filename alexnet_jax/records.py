@@ -1,4 +1,4 @@
-"""The small JSON files of a run's folder: config.json, env.json and, once it is finished, result.json."""
+"""The JSON files of a run's folder: config.json, env.json, metrics.jsonl and, once it is finished, result.json."""
 
 import importlib.metadata
 import json
@@ -22,6 +22,13 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any | None:
     """The value in a file, or None where there is no such file."""
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def complete_lines(path: Path) -> list[str]:
+    """The lines of a file, less a last one that was being written when the process was killed."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def result(workdir: Path) -> dict[str, Any] | None:

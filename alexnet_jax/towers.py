@@ -7,6 +7,7 @@ A per-tower function sees its own parameters without the tower axis, and its nei
 - ``pmap``: one tower on each device, as the paper had one on each of two GPUs.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -28,12 +29,10 @@ def ensure_host_devices(count: int) -> None:
     Does nothing where JAX was already used, or where the environment has already said how many devices a CPU is.
     """
     said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if said or jax.config.jax_num_cpu_devices > 0:
+    if said or jax.config.jax_num_cpu_devices > 0:  # type: ignore[attr-defined]
         return
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX is in use: `Executor` tells whoever then lacks a device
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # JAX is in use: whoever asks for more devices than there are is told so by `Executor`
-        pass
 
 
 class Executor:
@@ -90,9 +89,7 @@ class Executor:
                 devices=self.devices,
             )
         else:
-            over_towers = jax.vmap(
-                function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, axis_size=self.towers
-            )
+            over_towers = jax.vmap(function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, axis_size=self.towers)
             mapped = jax.jit(over_towers, donate_argnums=donate_argnums)
         if not self._waits:
             return mapped

@@ -27,8 +27,7 @@ from alexnet_jax.logs import Logs, kernels_picture
 from alexnet_jax.towers import AXIS, Executor
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
     """What a step changes. Outside the mapped step every array has a leading tower axis.
 
     Attributes:
@@ -65,10 +64,12 @@ def prepare(config: ConfigDict) -> tuple[data.DataSet, Executor]:
 
 
 def steps_per_epoch(config: ConfigDict, dataset: data.DataSet) -> float:
+    """Steps in which as many images are seen as there are to train on; need not be whole."""
     return len(dataset.train) / config.train.batch_size
 
 
 def update_rule(config: ConfigDict, dataset: data.DataSet) -> optax.GradientTransformation:
+    """The update rule with its schedule, whose epochs are the data set's."""
     return optim.sgd(config.optim, optim.schedule(config.optim, steps_per_epoch(config, dataset)))
 
 
@@ -81,6 +82,7 @@ def init_state(config: ConfigDict, dataset: data.DataSet) -> State:
 
 
 def no_sums(towers: int) -> dict[str, jax.Array]:
+    """``State.sums`` when they were just logged."""
     return {name: jnp.zeros(towers) for name in ("loss", "top1_error", "top5_error", "images")}
 
 
@@ -98,7 +100,7 @@ def train_step(config: ConfigDict, dataset: data.DataSet, executor: Executor) ->
         rngs = {"dropout": jax.random.fold_in(dropout_key, lax.axis_index(AXIS))}
 
         def loss_share(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            logits = net.apply({"params": params}, images, train=True, rngs=rngs)
+            logits: Any = net.apply({"params": params}, images, train=True, rngs=rngs)
             metrics = per_image(logits, batch["label"])
             # Each tower's gradient is that of the sum over towers, and each has computed the whole loss.
             return metrics["loss"].mean() / lax.axis_size(AXIS), metrics
@@ -161,10 +163,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                 if last or step % config.train.log_every == 0:
                     metrics = _means(state.sums, step) | {"learning_rate": float(learning_rate(step - 1))}
                     state = state.replace(sums=executor.place(no_sums(config.model.towers)))
-                    progress.metrics |= logs.write(step, metrics | clock.lap())
+                    progress.metrics |= logs.write(step, {"epoch": step / epoch, **metrics, **clock.lap()})
                 if last or _passes(step, epoch * config.eval.every_epochs):
                     with clock.paused(state):
-                        progress.metrics |= logs.write(step, evaluate(state.params))
+                        progress.metrics |= logs.write(step, {"epoch": step / epoch, **evaluate(state.params)})
                         kernels = jax.device_get(state.params[first_layer]["kernel"])
                         logs.image(step, f"{first_layer}/kernels", kernels_picture(kernels))
                 if last or step % config.train.checkpoint_every == 0 or stop.is_set():
@@ -177,7 +179,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                 "steps": steps,
                 "epochs": steps / epoch,
                 "parameters": model.count_parameters(state.params),
-                **progress.metrics,
+                **{name: value for name, value in progress.metrics.items() if "/" in name},
                 "images_per_second": progress.images / max(progress.training_seconds, 1e-9),
                 "seconds": progress.seconds,
             }
@@ -275,7 +277,7 @@ def _stop_asked() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield asked
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: object) -> None:
         asked.set()

@@ -1,0 +1,79 @@
+"""What the tests share. A CPU is two devices here, one for each tower."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from alexnet_jax import config as config_lib
+from configs import base
+
+jax.config.update("jax_num_cpu_devices", 2)
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED_IMAGES = REPOSITORY.parent / "shared" / "prepare_data.py"
+
+# The small net with few features, on few images: for what does not depend on their number.
+TINY = {
+    **{f"model.layers.conv{i}.features": 8 for i in range(1, 6)},
+    **{f"model.layers.fc{i}.features": 16 for i in (6, 7)},
+    "train.batch_size": 4,
+    "train.epochs": 0.012,  # 12 steps
+    "train.log_every": 2,
+    "train.checkpoint_every": 3,
+    "eval.every_epochs": 0.006,  # 6 steps
+}
+
+
+def run_config(scale: str = "embedded", seed: int = 0, **changes: Any) -> ConfigDict:
+    """A run's config at a scale; changes have dotted keys."""
+    study = base.get_config(scale)
+    for key, value in changes.items():
+        study.update_from_flattened_dict({key: value})
+    return config_lib.run_config(study, "base", seed)
+
+
+@pytest.fixture
+def tiny() -> ConfigDict:
+    return run_config(**TINY)
+
+
+def command(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs python -m with the arguments, in the repository, as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[], subprocess.CompletedProcess[str]]]:
+    """The folder of the README's main job, which has run, and a function that gives the same command again."""
+    folder = tmp_path_factory.mktemp("runs") / "ablation_lrn"
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return command("alexnet_jax.main", "--config=configs/ablation_lrn.py", f"--workdir={folder}")
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    return folder, run
+
+
+@pytest.fixture(scope="session")
+def shared_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TFDS folder with cifar10_jpeg and imagenette_224."""
+    if not SHARED_IMAGES.exists():
+        pytest.skip(f"real images are prepared by {SHARED_IMAGES.relative_to(REPOSITORY.parent)}, which is not here")
+    folder = tmp_path_factory.mktemp("tfds")
+    subprocess.run([sys.executable, SHARED_IMAGES, f"--data_dir={folder}"], check=True, capture_output=True)
+    return folder

@@ -1,0 +1,59 @@
+"""Crops and flips: each view is a piece of its image."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import run_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alexnet_jax import augment
+
+
+def images(batch: int, size: int, channels: int) -> np.ndarray:
+    """Images in which every pixel says where it is."""
+    return np.arange(batch * size * size * channels).astype(np.uint8).reshape(batch, size, size, channels)
+
+
+def data_config(**changes):
+    return run_config(**{f"data.{key}": value for key, value in {"mean": (0.0,), "std": 1.0, **changes}.items()}).data
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(1, 9), border=st.integers(0, 4), flip=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def test_a_random_view_is_a_crop_of_its_image_or_the_mirror_of_one(
+    size: int, border: int, flip: bool, seed: int
+) -> None:
+    batch = images(5, size + border, 3)
+    config = data_config(crop=size, **{"augment.random_crop": True, "augment.flip": flip})
+    views = np.asarray(augment.random_views(batch, config, jax.random.key(seed)))
+    for image, view in zip(batch, views, strict=True):
+        crops = [image[i : i + size, j : j + size] for i in range(border + 1) for j in range(border + 1)]
+        crops += [crop[:, ::-1] for crop in crops] if flip else []
+        assert any(np.array_equal(view, crop) for crop in crops)
+
+
+def test_every_crop_and_mirror_comes_up_about_equally_often() -> None:
+    batch = np.repeat(images(1, 4, 1), 4000, axis=0)
+    config = data_config(crop=2, **{"augment.random_crop": True, "augment.flip": True})
+    views = np.asarray(augment.random_views(batch, config, jax.random.key(0)))
+    _, counts = np.unique(views.reshape(4000, -1), axis=0, return_counts=True)
+    assert len(counts) == 3 * 3 * 2
+    # 4000/18 = 222 each; the standard deviation is 14.5
+    assert counts.min() > 222 - 5 * 14.5
+    assert counts.max() < 222 + 5 * 14.5
+
+
+def test_switched_off_training_sees_what_evaluation_sees() -> None:
+    batch = images(3, 9, 1)
+    config = data_config(crop=6, **{"augment.random_crop": False, "augment.flip": False})
+    views = augment.random_views(batch, config, jax.random.key(0))
+    np.testing.assert_array_equal(views, augment.centre_views(batch, config))
+    np.testing.assert_array_equal(views, batch[:, 1:7, 1:7])
+
+
+@pytest.mark.parametrize("mean", [(10.0,), (10.0, 20.0, 30.0)])
+def test_the_mean_is_subtracted_before_the_scale(mean: tuple[float, ...]) -> None:
+    batch = images(2, 4, 3)
+    views = augment.centre_views(batch, data_config(crop=4, mean=mean, std=2.0))
+    np.testing.assert_allclose(views, (batch.astype(np.float32) - np.array(mean)) / 2, rtol=1e-6)
