@@ -15,6 +15,9 @@ def apply(config: ConfigDict, scale: str) -> None:
         config.update(difference)
 
 
+# The small scales crop to 23 pixels, about cuda-convnet's 24 of 32: maps of 23, 11, 5 and 2 pixels are pooled to the
+# same size by windows of 3 and of 2, as the paper's 55, 27, 13 and 6 are.
+
 # The paper's two towers with their crossings, LRN, overlapping pooling and dropout, for small images. The standard
 # deviations are sqrt(2 / fan-in) (He et al., 2015): the paper's 0.01 needs raw pixels and weeks of training. Its
 # biases of 1 go with them.
@@ -38,7 +41,7 @@ EMBEDDED = {
         "name": "mnist5k",
         "eval_split": "test",
         "image_size": 28,
-        "crop": 24,
+        "crop": 23,
         "mean": (33.4,),
         "std": 79.0,
         "augment": {"flip": False},  # a mirrored digit is another sign
@@ -52,7 +55,7 @@ CIFAR10 = {
         "name": "cifar10",
         "eval_split": "test",
         "image_size": 32,
-        "crop": 28,
+        "crop": 23,
         "mean": (125.3, 123.0, 113.9),
         "std": 63.0,
     },

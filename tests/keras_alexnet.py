@@ -1,0 +1,79 @@
+"""An AlexNet on one device in the Keras API, written from the paper: grouped convolutions, LRN within the groups."""
+
+import os
+
+os.environ["KERAS_BACKEND"] = "jax"
+
+import jax
+import keras
+import numpy as np
+from keras import layers, ops
+from ml_collections import ConfigDict
+
+GROUPS = 2
+
+
+class GroupedLRN(layers.Layer):
+    """Local response normalisation of section 3.3, over the channels of each group."""
+
+    def __init__(self, n: int, k: float, alpha: float, beta: float):
+        super().__init__()
+        self.n, self.k, self.alpha, self.beta = n, k, alpha, beta
+
+    def call(self, x):
+        shape = ops.shape(x)
+        grouped = ops.reshape(x, (*shape[:-1], GROUPS, shape[-1] // GROUPS))
+        padded = ops.pad(ops.square(grouped), [(0, 0)] * 4 + [(self.n // 2, (self.n - 1) // 2)])
+        squares = sum(padded[..., i : i + grouped.shape[-1]] for i in range(self.n))
+        return ops.reshape(grouped / (self.k + self.alpha * squares) ** self.beta, shape)
+
+
+def build(config: ConfigDict, image_shape: tuple[int, int, int], classes: int) -> keras.Model:
+    """The net of section 3.5, with the widths, kernels and constants of a config, without dropout."""
+    model = config.model
+    lrn = (model.lrn.n, model.lrn.k, model.lrn.alpha, model.lrn.beta)
+
+    def conv(x, name: str, groups: int):
+        layer = model.layers[name]
+        x = layers.ZeroPadding2D((layer.padding, layer.padding))(x)
+        return layers.Conv2D(
+            layer.features, layer.kernel, strides=layer.stride, groups=groups, activation="relu", name=name
+        )(x)
+
+    def pool(x):
+        return layers.MaxPool2D(model.pool.window, model.pool.stride)(x)
+
+    image = keras.Input(image_shape)
+    x = pool(GroupedLRN(*lrn)(conv(image, "conv1", groups=1)))
+    x = pool(GroupedLRN(*lrn)(conv(x, "conv2", groups=GROUPS)))
+    x = conv(x, "conv3", groups=1)
+    x = conv(x, "conv4", groups=GROUPS)
+    x = pool(conv(x, "conv5", groups=GROUPS))
+    x = layers.Flatten()(x)
+    x = layers.Dense(model.layers.fc6.features, activation="relu", name="fc6")(x)
+    x = layers.Dense(model.layers.fc7.features, activation="relu", name="fc7")(x)
+    return keras.Model(image, layers.Dense(classes, name="fc8")(x))
+
+
+def untower(array: np.ndarray) -> np.ndarray:
+    """A parameter with a leading tower axis as the grouped net has it: features side by side, in the last axis."""
+    return np.concatenate(list(np.asarray(array)), axis=-1)
+
+
+def set_weights(net: keras.Model, params: dict) -> None:
+    for name, parameters in params.items():
+        net.get_layer(name).set_weights([untower(parameters["kernel"]), untower(parameters["bias"])])
+
+
+def loss_and_gradients(net: keras.Model, images: np.ndarray, labels: np.ndarray) -> tuple[float, dict]:
+    """Mean cross-entropy and its gradients, by layer: (kernel, bias)."""
+
+    def loss(variables):
+        logits, _ = net.stateless_call(variables, [], images)
+        return keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True).mean()
+
+    value, gradients = jax.value_and_grad(loss)([v.value for v in net.trainable_variables])
+    by_layer: dict = {}
+    for variable, gradient in zip(net.trainable_variables, gradients, strict=True):
+        by_layer.setdefault(variable.path.split("/")[0], []).append(np.asarray(gradient))
+    return float(value), by_layer

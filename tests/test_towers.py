@@ -1,0 +1,279 @@
+"""Two towers on two devices are two towers on one device, are the grouped net; and they never wait for ever."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import chex
+import jax
+import jax.numpy as jnp
+import keras_alexnet
+import numpy as np
+import pytest
+from conftest import REPOSITORY, command, run_config
+from jax import lax
+from ml_collections import ConfigDict
+
+from alexnet_jax import augment, model, train
+from alexnet_jax.data import DataSet
+from alexnet_jax.towers import AXIS, Executor
+
+SCALES = ["embedded", pytest.param("imagenet2012", marks=pytest.mark.slow)]
+
+
+# With the paper's own initialisation all maps are nearly constant, and rounding decides which pixel wins a pooling.
+FAN_IN = {"conv1": 363, "conv2": 1200, "conv3": 2304, "conv4": 1728, "conv5": 1728, "fc6": 9216, "fc7": 4096}
+WELL_CONDITIONED = {
+    "data.std": 70.0,
+    "model.lrn.alpha": 0.01,
+    **{f"model.layers.{name}.bias": 0.0 for name in FAN_IN},
+    **{f"model.layers.{name}.weight_std": (2 / fan_in) ** 0.5 for name, fan_in in FAN_IN.items()},
+}
+PLAIN = {
+    "optim.weight_decay": 0.0,
+    "model.dropout.rate": 0.0,
+    "data.augment.random_crop": False,
+    "data.augment.flip": False,
+}
+
+
+class Noise:
+    """Random images; a stand-in for a data set where only sizes matter."""
+
+    def __init__(self, count: int):
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, position: int) -> dict:
+        raise NotImplementedError
+
+
+def noise_dataset(scale: str) -> DataSet:
+    classes, channels = (1000, 3) if scale == "imagenet2012" else (10, 1)
+    return DataSet(Noise(1000), Noise(100), classes, channels)
+
+
+def noise_batch(config: ConfigDict, dataset: DataSet, count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    size = config.data.image_size
+    return {
+        "image": generator.integers(0, 256, (count, size, size, dataset.channels)).astype(np.uint8),
+        "label": generator.integers(0, dataset.classes, count).astype(np.int32),
+    }
+
+
+def run_steps(executor: str, config: ConfigDict, scale: str, steps: int, batch_size: int) -> Iterator[train.State]:
+    """The state after each step, on the host."""
+    dataset = noise_dataset(scale)
+    towers = Executor(executor, config.model.towers)
+    step = train.train_step(config, dataset, towers)
+    state = towers.place(train.init_state(config, dataset))
+    for number in range(1, steps + 1):
+        batch = noise_batch(config, dataset, batch_size, seed=number)
+        state = step(state, batch, np.uint32(config.seed), np.int32(number))
+        yield jax.device_get(state)
+
+
+def velocity(state: train.State) -> dict:
+    (trace,) = (part.trace for part in state.opt_state if hasattr(part, "trace"))
+    return trace
+
+
+def assert_close(actual, expected, relative: float) -> None:
+    """Arrays agree up to a share of the largest value in each."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=relative * np.abs(expected).max())
+
+
+def test_the_tests_run_on_two_devices() -> None:
+    assert len(jax.devices()) == 2
+    assert Executor("auto", towers=2).name == "pmap"
+    assert Executor("pmap", towers=2).devices == jax.devices()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_vmap_and_pmap_agree_in_loss_gradients_and_state_with_dropout_on(scale: str) -> None:
+    config = run_config(scale, **{"optim.learning_rate": 1e-3})
+    assert config.model.dropout.rate == 0.5
+    pairs = zip(*(run_steps(executor, config, scale, 3, 4) for executor in ("vmap", "pmap")), strict=True)
+    for number, (one_device, two_devices) in enumerate(pairs, 1):
+        chex.assert_trees_all_equal_shapes(one_device, two_devices)
+        np.testing.assert_allclose(one_device.sums["loss"], two_devices.sums["loss"], rtol=1e-5)
+        # The first velocity is the gradient, times the rate.
+        tolerance = 1e-5 if number == 1 else 1e-3
+        jax.tree.map(
+            lambda one, two, tolerance=tolerance: assert_close(one, two, tolerance),
+            velocity(one_device),
+            velocity(two_devices),
+        )
+        jax.tree.map(lambda one, two: assert_close(one, two, 1e-5), one_device.params, two_devices.params)
+
+
+@pytest.mark.parametrize("executor", ["vmap", "pmap"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_towers_are_the_grouped_net_of_one_device(scale: str, executor: str) -> None:
+    """Logits, loss and every gradient, against Keras with the same weights."""
+    config = run_config(scale, **WELL_CONDITIONED, **PLAIN)
+    dataset = noise_dataset(scale)
+    params = train.init_state(config, dataset).params
+    batch = noise_batch(config, dataset, 2, seed=1)
+    images = augment.centre_views(batch["image"], config.data)
+
+    net = keras_alexnet.build(config, images.shape[1:], dataset.classes)
+    keras_alexnet.set_weights(net, params)
+    loss, gradients = keras_alexnet.loss_and_gradients(net, images, batch["label"])
+
+    towers = Executor(executor, 2)
+    apply = model.AlexNet(config.model, dataset.classes).apply
+    forward = towers.map(lambda p, x: apply({"params": p}, x, train=False), in_axes=(0, None), out_axes=None)
+    assert_close(forward(towers.place(params), images), net(images), 1e-5)
+
+    (state,) = run_steps(executor, config, scale, 1, 2)
+    np.testing.assert_allclose(state.sums["loss"] / 2, [loss, loss], rtol=1e-5)
+    ours = {
+        name: [keras_alexnet.untower(leaves[part]) / -config.optim.learning_rate for part in ("kernel", "bias")]
+        for name, leaves in velocity(state).items()
+    }
+    jax.tree.map(lambda one, other: assert_close(one, other, 1e-5), ours, gradients)
+
+
+def test_towers_drop_different_units_and_the_same_ones_on_any_executor() -> None:
+    config = run_config(**{"model.order": ("fc6", "fc8"), "model.layers.fc6.then": ("dropout",)}).model
+    net = model.AlexNet(config, 8)
+    params = model.init(config, 8, (4, 4, 1), jax.random.key(0))
+    # Head weights of one: each tower's logits are the sum of what both towers let through.
+    params["fc8"]["kernel"] = jnp.ones_like(params["fc8"]["kernel"])
+
+    def kept(params: dict, images: jax.Array, key: jax.Array) -> jax.Array:
+        rngs = {"dropout": jax.random.fold_in(key, lax.axis_index(AXIS))}
+        _, captured = net.apply({"params": params}, images, train=True, rngs=rngs, capture_intermediates=True)
+        (dropped,) = captured["intermediates"]["Dropout_0"]["__call__"]
+        return dropped != 0
+
+    masks = []
+    for name in ("vmap", "pmap"):
+        towers = Executor(name, 2)
+        arguments = (towers.place(params), jnp.ones((64, 4, 4, 1)), jax.random.key(1))
+        masks.append(np.asarray(towers.map(kept, in_axes=(0, None, None), out_axes=0)(*arguments)))
+    np.testing.assert_array_equal(*masks)
+    assert masks[0].shape == (2, 64, 128)
+    assert 0.45 < masks[0].mean() < 0.55
+    assert 0.45 < (masks[0][0] != masks[0][1]).mean() < 0.55
+
+
+def test_only_the_crossings_and_the_logits_exchange_anything() -> None:
+    """Paper.md's table, read off the compiled step: forward gathers, and backward scatters of the same size."""
+    batch_size = 2
+    config, dataset = run_config("imagenet2012"), noise_dataset("imagenet2012")
+    towers = Executor("pmap", 2)
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=towers.sharding),
+        jax.eval_shape(lambda: train.init_state(config, dataset)),
+    )
+    step = train.train_step(config, dataset, towers).__wrapped__
+    batch = noise_batch(config, dataset, batch_size)
+    program = step.lower(state, batch, np.uint32(0), np.int32(1)).compile().as_text()
+
+    collective = r"= f32\[([\d,]+)\]\S* (all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)[\w-]*\("
+    found: dict[str, list[int]] = {}
+    for shape, kind in re.findall(collective, program):
+        found.setdefault(kind, []).append(int(np.prod([int(side) for side in shape.split(",")])) // batch_size)
+    mine_per_image = [13 * 13 * 128, 6 * 6 * 128, 2048, 2048, 500]
+    assert mine_per_image[:4] == [21_632, 4_608, 2_048, 2_048]
+    assert found == {
+        "all-gather": [2 * mine for mine in mine_per_image],
+        "reduce-scatter": mine_per_image[::-1],
+    }
+    others = set(re.findall(r"[\w-]*(?:all|reduce|collective|permute|send|recv)[\w-]*\(", program))
+    allowed = {"all-gather(", "reduce-scatter(", "reduce(", "reduce-window(", "call(", "custom-call("}
+    assert not {name for name in others if not name.startswith("wrapped")} - allowed
+
+
+def test_more_towers_than_devices_is_answered_with_what_to_do() -> None:
+    assert Executor("auto", towers=4).name == "vmap"
+    with pytest.raises(ValueError, match=r"each of 4 towers .* found 2 CPU device") as error:
+        Executor("pmap", towers=4)
+    assert "--config.train.executor=vmap" in str(error.value)
+    assert "JAX_NUM_CPU_DEVICES=4" in str(error.value)
+
+
+def test_forced_pmap_on_one_device_is_refused_before_anything_runs(tmp_path) -> None:
+    done = command(
+        "alexnet_jax.main",
+        "--config=configs/ablation_lrn.py",
+        "--config.train.executor=pmap",
+        f"--workdir={tmp_path}",
+        environment={"JAX_NUM_CPU_DEVICES": "1"},
+    )
+    assert done.returncode == 1
+    assert "found 1 CPU device(s)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+SOAK = """
+from alexnet_jax import towers
+towers.ensure_host_devices(2)
+import numpy as np
+from conftest import run_config
+from alexnet_jax import data, train
+config = run_config()
+dataset, executor = train.prepare(config)
+assert executor.name == "pmap"
+step = train.train_step(config, dataset, executor)
+state = executor.place(train.init_state(config, dataset))
+for number, batch in enumerate(data.train_batches(dataset, config, seed=0, start=0, stop=3000), 1):
+    state = step(state, batch, np.uint32(0), np.int32(number))
+print("steps", int(state.sums["images"][0]) // config.train.batch_size)
+"""
+
+
+def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_three_thousand_steps_on_a_busy_machine_never_stop() -> None:
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        done = run_script(SOAK)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "steps 3000\n"
+
+
+LOST = """
+from alexnet_jax import towers
+towers.ensure_host_devices(2)
+import jax, jax.numpy as jnp
+from jax import lax
+
+def meet_late(x):
+    x = lax.fori_loop(0, x.astype(int), lambda i, y: y + 1e-9, x)
+    return lax.psum(x, towers.AXIS)
+
+executor = towers.Executor("pmap", 2)
+executor.map(meet_late, in_axes=(0,), out_axes=None)(jnp.array([0.0, 2e9]))
+"""
+
+
+def test_towers_that_lose_each_other_do_not_end_without_a_word() -> None:
+    timeouts = (
+        "--xla_cpu_collective_call_warn_stuck_timeout_seconds={} --xla_cpu_collective_call_terminate_timeout_seconds={}"
+    )
+    done = run_script(LOST, XLA_FLAGS=timeouts.format(1, 2))
+    assert done.returncode == -6
+    assert "The towers lost each other" in done.stderr
+    assert "--config.train.executor=vmap" in done.stderr
