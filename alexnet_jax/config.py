@@ -1,8 +1,10 @@
 """Configs: flags with helpful errors, the config of one run, and the check of every value."""
 
 import difflib
+import runpy
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -15,17 +17,34 @@ SECTIONS = ("model", "data", "optim", "train", "eval")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's flag parser, with a word of help for a key that the config does not have."""
+    """absl's flag parser, but what is wrong with a flag is said in one line."""
     try:
+        for position, argument in enumerate(argv):
+            if argument == "--config" or argument.startswith("--config="):
+                _check_overrides((argument.partition("=")[2] or " ".join(argv[position + 1 : position + 2])), argv)
         return flags.FLAGS(argv)
-    except (AttributeError, KeyError):  # what ml_collections raises for an unknown key
-        flags.FLAGS([argument for argument in argv if not argument.startswith("--config.")])
-        config = flags.FLAGS.config
-        for argument in argv:
+    except (flags.Error, ValueError) as error:
+        sys.exit(f"{Path(argv[0]).name}: {error}")
+
+
+def _check_overrides(source: str, argv: list[str]) -> None:
+    """Refuses flags for keys that the config does not have: ml_collections answers them with a traceback.
+
+    Args:
+      source: the value of --config: a file, and perhaps a scale after a colon.
+
+    Raises:
+      ValueError: there is no such file, scale or key.
+    """
+    path, *scale = source.split(":", 1)
+    if not Path(path).is_file():
+        raise ValueError(f"--config={source}: there is no file {path}; the studies are in configs/")
+    config = runpy.run_path(path)["get_config"](*scale)
+    for argument in argv:
+        if argument.startswith("--config."):
             key = argument.removeprefix("--config.").split("=")[0].split("[")[0]
-            if argument.startswith("--config.") and not _has(config, key):
-                sys.exit(f"FATAL Flags parsing error: {_unknown(config, key)}")
-        raise
+            if not _has(config, key):
+                raise ValueError(_unknown(config, key))
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:

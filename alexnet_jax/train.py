@@ -161,9 +161,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                 logs.progress(step)
                 last = step == steps
                 if last or step % config.train.log_every == 0:
-                    metrics = _means(state.sums, step) | {"learning_rate": float(learning_rate(step - 1))}
-                    state = state.replace(sums=executor.place(no_sums(config.model.towers)))
-                    progress.metrics |= logs.write(step, {"epoch": step / epoch, **metrics, **clock.lap()})
+                    with clock.paused(state):
+                        metrics = _means(state, step) | {"learning_rate": float(learning_rate(step - 1))}
+                        progress.metrics |= logs.write(step, {"epoch": step / epoch, **metrics, **clock.lap()})
+                        state = state.replace(sums=executor.place(no_sums(config.model.towers)))
                 if last or _passes(step, epoch * config.eval.every_epochs):
                     with clock.paused(state):
                         progress.metrics |= logs.write(step, {"epoch": step / epoch, **evaluate(state.params)})
@@ -171,6 +172,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                         logs.image(step, f"{first_layer}/kernels", kernels_picture(kernels))
                 if last or step % config.train.checkpoint_every == 0 or stop.is_set():
                     with clock.paused(state):
+                        _means(state, step)  # a net that has diverged is not saved
                         checkpoints.save(step, state, dataclasses.asdict(progress))
                 if stop.is_set() and not last:
                     raise KeyboardInterrupt(f"{workdir}: stopped at step {step} of {steps}, which is saved")
@@ -208,7 +210,7 @@ class _Progress:
 
 
 class _Clock:
-    """Keeps the times of a `_Progress`."""
+    """Keeps the times of a ``_Progress``."""
 
     def __init__(self, progress: _Progress):
         self._progress = progress
@@ -226,6 +228,7 @@ class _Clock:
             self._progress.images += images
 
     def _settle(self) -> None:
+        """Books the time up to now."""
         now = time.monotonic()
         self._progress.seconds = self._before + now - self._began
         if self._mark is not None:
@@ -234,35 +237,32 @@ class _Clock:
 
     def lap(self) -> dict[str, float]:
         """``images_per_second`` since the last lap, where there was a step in it that did not compile."""
-        self._settle()
         images, seconds = self._progress.images - self._lap[0], self._progress.training_seconds - self._lap[1]
         self._lap = (self._progress.images, self._progress.training_seconds)
         return {"images_per_second": images / seconds} if images else {}
 
     @contextlib.contextmanager
     def paused(self, state: State) -> Iterator[None]:
-        """For what is not training."""
+        """For what is not training, once what was dispatched is done."""
         jax.block_until_ready(state)
         self._settle()
         yield
         self._mark = time.monotonic()
 
 
-def _means(sums: dict[str, jax.Array], step: int) -> dict[str, float]:
-    """Mean loss and errors of training since they were last logged.
+def _means(state: State, step: int) -> dict[str, float]:
+    """Mean loss and errors of training since they were last logged; nothing, if they just were.
 
     Raises:
       FloatingPointError: the loss is not finite.
     """
-    totals = {name: float(total[0]) for name, total in jax.device_get(sums).items()}
+    totals = {name: float(total[0]) for name, total in jax.device_get(state.sums).items()}
     images = totals.pop("images")
-    means = {f"train/{name}": total / images for name, total in totals.items()}
-    if not math.isfinite(means["train/loss"]):
+    if not math.isfinite(totals["loss"]):
         raise FloatingPointError(
-            f"train/loss is {means['train/loss']} by step {step}: the net has diverged; lower "
-            "--config.optim.learning_rate"
+            f"train/loss is {totals['loss']} by step {step}: the net has diverged; lower --config.optim.learning_rate"
         )
-    return means
+    return {f"train/{name}": total / images for name, total in totals.items()} if images else {}
 
 
 def _passes(step: int, period: float) -> bool:

@@ -1,0 +1,170 @@
+"""No field is dead, each arm changes its keys and nothing else, and a slip is answered with the way out."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, TINY, command, run_config
+from ml_collections import ConfigDict
+
+from alexnet_jax import config as config_lib
+from alexnet_jax import study
+from configs import base, scales
+
+STUDIES = sorted(path.stem for path in (REPOSITORY / "configs").glob("ablation_*.py"))
+
+
+def load(name: str, scale: str) -> ConfigDict:
+    config = importlib.import_module(f"configs.{name}").get_config(scale)
+    config.lock()
+    return config
+
+
+def test_a_run_reads_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a study with a config that notes which of its fields are asked for by name."""
+    config = base.get_config("embedded")
+    config.update_from_flattened_dict(TINY | {"train.epochs": 0.004})
+    config.lock()
+    read: set[str] = set()
+    paths: dict[int, str] = {}
+    keep_alive = []
+    get = ConfigDict.__getattr__
+
+    def noting_get(self: ConfigDict, name: str):
+        value = get(self, name)
+        if name.startswith("_"):
+            return value
+        keep_alive.append((self, value))
+        path = f"{paths[id(self)]}.{name}" if id(self) in paths else name
+        if isinstance(value, ConfigDict):
+            paths[id(value)] = path
+        read.add(path)
+        return value
+
+    # A layer is looked up by the name in model.order.
+    get_item = ConfigDict.__getitem__
+
+    def noting_get_item(self: ConfigDict, name: str):
+        value = get_item(self, name)
+        if isinstance(value, ConfigDict) and paths.get(id(self)) == "model.layers":
+            keep_alive.append(value)
+            paths[id(value)] = f"model.layers.{name}"
+        return value
+
+    monkeypatch.setattr(config_lib, "validate", lambda config: None)  # a check is no use
+    monkeypatch.setattr(study.train, "validate", lambda config: None)
+    monkeypatch.setattr(ConfigDict, "__getattr__", noting_get)
+    monkeypatch.setattr(ConfigDict, "__getitem__", noting_get_item)
+    study.run_study(config, tmp_path / "study")
+    monkeypatch.undo()
+    fields = {key for key in config_lib.flatten(config) if not key.startswith("arms")} | {"seed", "arms"}
+    assert fields - read == {"data.data_dir"}  # the embedded set has no folder; test_data.py has sets that do
+
+
+@pytest.mark.parametrize("scale", scales.SCALES)
+@pytest.mark.parametrize("name", STUDIES)
+def test_each_arm_changes_exactly_its_keys(name: str, scale: str) -> None:
+    config = load(name, scale)
+    reference = config_lib.flatten(config_lib.run_config(config, next(iter(config.arms)), 0))
+    seen = []
+    for arm in config.arms:
+        run = config_lib.run_config(config, arm, 0)
+        config_lib.validate(run)
+        flat = config_lib.flatten(run)
+        before = {key: value for key, value in config_lib.flatten(config).items() if key in flat}
+        declared = config_lib.flatten(config.arms[arm])
+        assert {key: value for key, value in flat.items() if key != "seed" and value != before[key]} == declared
+        assert flat.keys() == reference.keys()
+        assert not any(key.startswith(("train.", "eval.")) for key in declared)
+        assert flat not in seen
+        seen.append(flat)
+
+
+def test_ablation_lrn_is_the_claim() -> None:
+    config = load("ablation_lrn", "embedded")
+    assert config.arms.to_dict() == {"lrn": {}, "no_lrn": {"model": {"lrn": {"enabled": False}}}}
+    assert config.seeds == (0, 1, 2)
+    assert config.model.lrn.enabled
+
+
+def test_an_arm_that_changes_what_is_not_there_is_answered_with_the_nearest_key() -> None:
+    config = base.get_config("embedded")
+    config.arms = ConfigDict({"typo": {"model": {"lrn": {"enable": False}}}})
+    with pytest.raises(ValueError, match=r"arm 'typo': unknown .* 'model.lrn.enable'; did you mean model.lrn.enabled"):
+        config_lib.run_config(config, "typo", 0)
+    config.arms = ConfigDict({"wrong": {"model": {"lrn": {"n": "five"}}}})
+    with pytest.raises(ValueError, match=r"arm 'wrong': .*five"):
+        config_lib.run_config(config, "wrong", 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config.model.lrm.enabled=False"],
+            "unknown config key 'model.lrm.enabled'; did you mean model.lrn.enabled",
+        ),
+        (["--config.model.dropuot.rate=0"], "unknown config key 'model.dropuot.rate'; did you mean model.dropout.rate"),
+        (["--config.train.batch_size=many"], "--config.train.batch_size=many"),
+        (["--config.model.activation=rely"], "model.activation='rely': must be one of relu, tanh"),
+        (["--config.seeds=(1,1)"], "different seeds"),
+        (["surplus"], "unknown argument 'surplus'"),
+    ],
+)
+def test_a_slip_on_the_command_line_is_one_clear_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    workdir = tmp_path / "study"
+    done = command("alexnet_jax.main", "--config=configs/ablation_lrn.py", f"--workdir={workdir}", *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/ablation_lrn.py:cifar11"], "no scale is called 'cifar11'; after the colon goes one of: "),
+        (["--config=configs/ablation_lnr.py"], "configs/ablation_lnr.py"),
+        ([], "say which study: --config=configs/ablation_lrn.py"),
+    ],
+)
+def test_a_study_that_is_not_there_is_one_clear_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = command("alexnet_jax.main", f"--workdir={tmp_path / 'study'}", *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("model.towers", 0, "1 or more"),
+        ("model.order", ("conv1", "conv9"), "a tuple of some of conv1, "),
+        ("model.order", ("conv1", "conv1", "fc8"), "each once"),
+        ("model.layers.conv2.features", 63, "a multiple of model.towers=2"),
+        ("model.layers.fc8.features", 10, "None, one for each class"),
+        ("model.layers.conv1.then", ("relu",), "activation, lrn, max_pool, dropout"),
+        ("model.layers.conv1.padding", (1,), "pixels before and after"),
+        ("model.dropout.rate", 1.0, "from 0 to less than 1"),
+        ("data.crop", 29, "from 1 to data.image_size=28"),
+        ("data.mean", (1.0, 2.0), "one for each of the 1 channels"),
+        ("optim.learning_rate", -0.1, "more than 0"),
+        ("optim.cut_epochs", (3.0, 2.0), "ascending"),
+        ("train.batch_size", 4001, "at most the 4000 training images"),
+        ("train.executor", "xmap", "one of auto, vmap, pmap"),
+        ("eval.batch_size", 0, "1 or more"),
+    ],
+)
+def test_a_value_that_cannot_work_is_named_with_its_rule(key: str, value: object, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key}=") as error:
+        study.train.prepare(run_config(**{key: value}))
+    assert str(value) in str(error.value)
+    assert rule in str(error.value)
+
+
+def test_a_config_is_the_same_after_json() -> None:
+    config = run_config()
+    again = json.loads(config.to_json())
+    assert again["model"]["order"] == list(config.model.order)
+    assert again["model"]["layers"]["fc8"]["features"] is None

@@ -1,0 +1,78 @@
+"""What was recorded is what TensorBoard shows, and is recorded once."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alexnet_jax import logs
+
+
+def test_a_resumed_run_forgets_what_will_be_done_again(tmp_path: Path) -> None:
+    with logs.Logs(tmp_path, start=0, stop=6) as first:
+        for step in (2, 4, 6):
+            first.write(step, {"train/loss": step / 10})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "tra')
+    with logs.Logs(tmp_path, start=4, stop=6) as second:
+        second.write(6, {"train/loss": 0.7})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 2, "train/loss": 0.2}, {"step": 4, "train/loss": 0.4}, {"step": 6, "train/loss": 0.7}]
+
+
+def test_the_log_tells_what_stopped_a_run(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="disk full"), logs.Logs(tmp_path, start=0, stop=6):
+        raise OSError("disk full")
+    assert "stopped: OSError('disk full')" in (tmp_path / "train.log").read_text()
+
+
+class Terminal:
+    """A stand-in for a terminal."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar_with_loss_speed_and_time_left(tmp_path: Path, monkeypatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    with logs.Logs(tmp_path, start=0, stop=20) as run:
+        run.write(10, {"train/loss": 1.25, "images_per_second": 321.0})
+        for step in (8, 9, 10):
+            run.progress(step)
+            time.sleep(0.1)
+    for text in ("10/20", "loss 1.250", "321 images/s", "0:00:0"):
+        assert text in terminal.text
+    assert "train/loss 1.25" not in terminal.text  # that is the log's
+
+
+def test_kernels_are_shown_tower_by_tower() -> None:
+    kernels = np.zeros((2, 5, 4, 3, 20))
+    kernels[0, 0, 0, 0, 17] = 2.0  # the first tower's second row, second column: all red in a corner
+    kernels[1, ..., 3] = -1.0  # the second tower's first row, fourth column: all black
+    picture = logs.kernels_picture(kernels)
+    assert picture.shape == (2 * 2 * 6, 16 * 5, 3)
+    np.testing.assert_array_equal(picture[6, 5], [1.0, 0.5, 0.5])
+    assert (picture[12:17, 15:19] == 0).all()
+    picture[6, 5] = picture[12:17, 15:19] = 0.5
+    assert set(np.unique(picture)) == {0.5, 1.0}  # zero is grey, gaps are white
+
+
+def test_grey_kernels_are_grey() -> None:
+    picture = logs.kernels_picture(np.random.default_rng(0).normal(size=(2, 5, 5, 1, 4)))
+    assert (picture == picture[..., :1]).all()
+    assert (picture.min(), picture.max()) >= (0.0, 1.0)

@@ -1,0 +1,196 @@
+"""A run is a function of its config: twice the same, in one go or in pieces."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import pytest
+from conftest import REPOSITORY, TINY, run_config
+from ml_collections import ConfigDict
+
+from alexnet_jax import logs, records, train
+from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.towers import Executor
+
+TIMES = {"images_per_second", "seconds"}
+
+
+def final_state(config: ConfigDict, workdir: Path) -> train.State:
+    dataset, _ = train.prepare(config)
+    with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
+        restored, progress = checkpoints.restore(train.init_state(config, dataset))
+    assert progress["step"] == 12
+    return jax.device_get(restored)
+
+
+def metrics(workdir: Path) -> list[dict]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
+
+
+def result(workdir: Path) -> dict:
+    return {name: value for name, value in records.result(workdir).items() if name not in TIMES}
+
+
+def assert_same_run(config: ConfigDict, one: Path, other: Path) -> None:
+    """Bit-equal states, and the same records."""
+    chex.assert_trees_all_equal(final_state(config, one), final_state(config, other))
+    assert metrics(one) == metrics(other)
+    assert result(one) == result(other)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twelve steps in one go."""
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    train.train_and_evaluate(run_config(**TINY), workdir)
+    return workdir
+
+
+def test_a_run_leaves_its_metrics_under_their_names(whole: Path) -> None:
+    recorded = metrics(whole)
+    training = {"step", "epoch", "train/loss", "train/top1_error", "train/top5_error", "learning_rate"}
+    evaluation = {"step", "epoch", "eval/loss", "eval/top1_error", "eval/top5_error"}
+    assert [(line["step"], line.keys()) for line in recorded] == [
+        *((step, training) for step in (2, 4, 6)),
+        (6, evaluation),
+        *((step, training) for step in (8, 10, 12)),
+        (12, evaluation),
+    ]
+    assert result(whole) | recorded[-1] | recorded[-2] == {**result(whole), **recorded[-1], **recorded[-2]}
+    assert (result(whole)["steps"], result(whole)["epochs"]) == (12, 0.012)
+    environment = records.read_json(whole / "env.json")
+    assert environment["executor"] == "pmap"
+    assert environment["jax"] == jax.__version__
+    assert "step 12/12" in (whole / "train.log").read_text()
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path, whole: Path, tiny) -> None:
+    train.train_and_evaluate(tiny, tmp_path / "again")
+    assert_same_run(tiny, whole, tmp_path / "again")
+    train.train_and_evaluate(run_config(seed=1, **TINY), tmp_path / "other")
+    assert metrics(tmp_path / "other") != metrics(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_equal(
+    tmp_path: Path, whole: Path, tiny, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Step 7 is neither logged nor a checkpoint's: the sums of the metrics are saved, too."""
+    progress = logs.Logs.progress
+
+    def stop_at_seven(self: logs.Logs, step: int) -> None:
+        progress(self, step)
+        if step == 7:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logs.Logs, "progress", stop_at_seven)
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 7 of 12"):
+            train.train_and_evaluate(tiny, tmp_path)
+    assert records.result(tmp_path) is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train.train_and_evaluate(tiny, tmp_path)
+    assert_same_run(tiny, whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_bit_equal_when_given_again(tmp_path: Path) -> None:
+    """kill -9 on the way: what was recorded after the last checkpoint is done and recorded again."""
+    changes = {"train.epochs": 0.2, "train.checkpoint_every": 50, "train.log_every": 5, "eval.every_epochs": 0.1}
+    changes = TINY | changes
+    command = [sys.executable, "-m", "alexnet_jax.main", "--config=configs/base.py:embedded"]
+    command += [f"--config.{key}={value}" for key, value in changes.items()]
+
+    def folder(name: str) -> Path:
+        return tmp_path / name / "base" / "seed_0"
+
+    def last_step(name: str) -> int:
+        lines = records.complete_lines(folder(name) / "metrics.jsonl")
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    arguments = {"cwd": REPOSITORY, "stdout": subprocess.DEVNULL, "env": os.environ}
+    subprocess.run([*command, f"--workdir={tmp_path / 'whole'}"], check=True, **arguments)
+    with subprocess.Popen([*command, f"--workdir={tmp_path / 'killed'}"], **arguments) as process:
+        while last_step("killed") < 75:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+    assert last_step("killed") < 200
+    assert records.result(folder("killed")) is None
+    subprocess.run([*command, f"--workdir={tmp_path / 'killed'}"], check=True, **arguments)
+    assert "from step 50 to 200" in (folder("killed") / "train.log").read_text()
+    assert metrics(folder("killed")) == metrics(folder("whole"))
+    assert result(folder("killed")) == result(folder("whole"))
+    restored = []
+    for name in ("killed", "whole"):
+        config = run_config(**changes)
+        dataset, _ = train.prepare(config)
+        with Checkpoints(folder(name) / "checkpoints", keep=2) as checkpoints:
+            restored.append(jax.device_get(checkpoints.restore(train.init_state(config, dataset))))
+    chex.assert_trees_all_equal(restored[0][0], restored[1][0])
+
+
+def test_a_finished_run_is_not_run_again(whole: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "train_step", None)
+    before = sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*"))
+    assert train.train_and_evaluate(tiny, whole) == records.result(whole)
+    assert sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*")) == before
+
+
+def test_a_folder_of_another_config_is_refused(whole: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds a run of another config \(optim.learning_rate was 0.002, is 0.5\)"):
+        train.train_and_evaluate(run_config(**TINY, **{"optim.learning_rate": 0.5}), whole)
+
+
+def test_a_run_that_diverges_says_when_and_keeps_its_checkpoints(tmp_path: Path) -> None:
+    changes = TINY | {"optim.learning_rate": 1e20, "train.checkpoint_every": 1, "train.log_every": 4}
+    with pytest.raises(FloatingPointError, match=r"train/loss is nan by step 2.*lower --config.optim.learning_rate"):
+        train.train_and_evaluate(run_config(**changes), tmp_path)
+    assert records.result(tmp_path) is None
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert "stopped: FloatingPointError" in (tmp_path / "train.log").read_text()
+
+
+@pytest.mark.parametrize("executor", ["vmap", "pmap"])
+def test_nothing_is_compiled_after_the_first_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str
+) -> None:
+    """By step 6 there has been one of all: step, log, evaluation, checkpoint."""
+    steps: list[int] = [0]
+    compiled: list[int] = []
+    progress = logs.Logs.progress
+
+    def note(self: logs.Logs, step: int) -> None:
+        steps.append(step)
+        progress(self, step)
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(steps[-1])
+
+    monkeypatch.setattr(logs.Logs, "progress", note)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train.train_and_evaluate(run_config(**TINY, **{"train.executor": executor}), tmp_path)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert steps[-1] == 12
+    assert compiled
+    assert max(compiled) <= 6
+    assert sum(step == 1 for step in compiled) <= 1
+
+
+def test_the_state_is_donated(tiny) -> None:
+    dataset, _ = train.prepare(tiny)
+    towers = Executor("pmap", 2)
+    state = towers.place(train.init_state(tiny, dataset))
+    batch = next(train.data.train_batches(dataset, tiny, seed=0, start=0, stop=1))
+    train.train_step(tiny, dataset, towers)(state, batch, train.np.uint32(0), train.np.int32(1))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
