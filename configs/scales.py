@@ -46,7 +46,7 @@ EMBEDDED = {
         "std": 79.0,
         "augment": {"flip": False},  # a mirrored digit is another sign
     },
-    "optim": {"learning_rate": 0.002, "cut_epochs": (3.0,)},
+    "optim": {"learning_rate": 0.004, "cut_epochs": (3.0,)},
     "train": {"batch_size": 8, "epochs": 4.0, "log_every": 50, "checkpoint_every": 500},
 }
 

@@ -1,7 +1,5 @@
 """What was saved comes back bit for bit, or not at all."""
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import chex
@@ -72,15 +70,6 @@ def cut(folder: Path) -> None:
     largest.write_bytes(largest.read_bytes()[:100])
 
 
-@pytest.fixture
-def collected() -> Iterator[None]:
-    """Has what Orbax drops half-read go now, not in another test."""
-    yield
-    gc.collect()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("harm", [damage, cut])
 def test_a_damaged_checkpoint_is_refused_with_the_way_out(tmp_path: Path, harm) -> None:
     saved(tmp_path, (4, 5))

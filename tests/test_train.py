@@ -145,7 +145,7 @@ def test_a_finished_run_is_not_run_again(whole: Path, tiny, monkeypatch: pytest.
 
 
 def test_a_folder_of_another_config_is_refused(whole: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds a run of another config \(optim.learning_rate was 0.002, is 0.5\)"):
+    with pytest.raises(ValueError, match=r"holds a run of another config \(optim.learning_rate was 0.004, is 0.5\)"):
         train.train_and_evaluate(run_config(**TINY, **{"optim.learning_rate": 0.5}), whole)
 
 
