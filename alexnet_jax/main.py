@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     towers.ensure_host_devices(_CONFIG.value.model.towers)
     try:
         study.run_study(_CONFIG.value, _WORKDIR.value or Path("runs") / name)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt as stopped:
         sys.exit(f"{stopped}\nthe same command goes on from there")

@@ -115,7 +115,7 @@ def write(study: Path | str) -> None:
     for status, count in runs["status"].value_counts().items():
         if status != "finished":
             print(f"{count} run(s) {status}: the study's command goes on with them")
-    print(f"{study / 'results.csv'}  {study / 'report.html'}")
+    print(f"{study / 'results.csv'}  {study / 'report.html'}\ntensorboard --logdir {study}")
 
 
 def _runs(study: Path) -> list[tuple[str, int, Path]]:
@@ -214,13 +214,15 @@ _PAGE = """<!DOCTYPE html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
 h1, h2 {{ line-height: 1.2; }}
 .table {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
-figure {{ margin: 1rem 0; }}
+.text td {{ text-align: left; white-space: normal; }}
+.figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }}
+figure {{ margin: 0; }}
 svg {{ width: 100%; height: auto; }}
 svg text {{ fill: currentColor; }}
 pre {{ overflow-x: auto; }}
@@ -232,11 +234,13 @@ pre {{ overflow-x: auto; }}
 An interval that contains 0 does not tell the arms apart.</p>
 {comparison}
 <h2>Arms</h2>
-{arms}
+<div class="text">{arms}</div>
 <h2>Learning curves</h2>
 <p>Lines: mean over seeds. Bands: from the lowest to the highest seed. Training metrics are of the augmented batches,
 with dropout on.</p>
+<div class="figures">
 {figures}
+</div>
 <h2>Runs</h2>
 {runs}
 <h2>Environment of the first run</h2>

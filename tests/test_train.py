@@ -95,6 +95,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_equal(
         with pytest.raises(KeyboardInterrupt, match="stopped at step 7 of 12"):
             train.train_and_evaluate(tiny, tmp_path)
     assert records.result(tmp_path) is None
+    assert (tmp_path / "checkpoints" / "7").is_dir()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train.train_and_evaluate(tiny, tmp_path)
     assert_same_run(tiny, whole, tmp_path)
