@@ -151,7 +151,8 @@ def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
 def _check_splits(config: ConfigDict, splits: list[str]) -> None:
     for field in ("train_split", "eval_split"):
         split = config[field]
-        if split.split("[")[0] not in splits:
+        name = split if config.name == EMBEDDED else split.partition("[")[0]  # TFDS takes slices: train[:90%]
+        if name not in splits:
             raise ValueError(
                 f"data.{field}={split}: {config.name} has no such split; use --config.data.{field}= one of {splits}"
             )

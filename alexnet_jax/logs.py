@@ -26,8 +26,8 @@ class Logs:
           start: steps that are done already; what was recorded of later ones is forgotten, as they are done again.
           stop: steps of the whole run.
         """
-        self._start, self._stop = start, stop
-        self._began = time.monotonic()
+        self._stop = stop
+        self._first: tuple[int, float] | None = None  # the first step that was done, and when: before it, XLA compiles
         metrics = workdir / "metrics.jsonl"
         kept = [line for line in records.complete_lines(metrics) if json.loads(line)["step"] <= start]
         metrics.write_text("".join(kept))
@@ -66,7 +66,8 @@ class Logs:
             print(f"{self._name}: {text}", flush=True)
 
     def progress(self, step: int) -> None:
-        """Moves the bar."""
+        """Moves the bar; call it after every step."""
+        self._first = self._first or (step, time.monotonic())
         self._bar.update(self._task, completed=step)
 
     def write(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
@@ -78,13 +79,18 @@ class Logs:
         self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
-        left = (self._stop - step) * (time.monotonic() - self._began) / max(1, step - self._start)
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.say(f"step {step}/{self._stop}  {values}  {left:.0f} s left")
+        self.say(f"step {step}/{self._stop}  {values}{self._time_left(step)}")
         if "train/loss" in metrics:
             speed = metrics.get("images_per_second", math.nan)
             self._bar.update(self._task, loss=f"loss {metrics['train/loss']:.3f}", speed=f"{speed:.0f} images/s")
         return metrics
+
+    def _time_left(self, step: int) -> str:
+        if self._first is None or step <= self._first[0]:
+            return ""
+        seconds_per_step = (time.monotonic() - self._first[1]) / (step - self._first[0])
+        return f"  {(self._stop - step) * seconds_per_step:.0f} s left"
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture for TensorBoard: (height, width, 3) of floats from 0 to 1."""

@@ -62,6 +62,17 @@ def command(*arguments: str, environment: dict[str, str] | None = None) -> subpr
     )
 
 
+def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a process of its own, which sees the tests' modules."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.fixture(scope="session")
 def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[], subprocess.CompletedProcess[str]]]:
     """The folder of the README's main job, which has run, and a function that gives the same command again."""

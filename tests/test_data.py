@@ -95,6 +95,7 @@ def test_images_of_the_right_size_are_left_alone() -> None:
             r"""tfds.builder\('cifar10', file_format='array_record', data_dir='nowhere'\).download_and_prepare\(\)\"""",
         ),
         ({"data.name": "cifar11", "data.data_dir": "nowhere"}, r"data.name=cifar11: no such data set .* in nowhere"),
+        ({"data.train_split": "train[:9%]"}, r"data.train_split=train\[:9%\]: mnist5k has no such split"),
         ({"data.eval_split": "validation"}, r"eval_split=validation: mnist5k has no such split.*\['train', 'test'\]"),
     ],
 )

@@ -10,7 +10,7 @@ import jax
 import keras_alexnet
 import numpy as np
 import pytest
-from conftest import REPOSITORY, command, run_config
+from conftest import command, run_config, run_script
 from ml_collections import ConfigDict
 
 from alexnet_jax import augment, model, train
@@ -220,16 +220,6 @@ for number, batch in enumerate(data.train_batches(dataset, config, seed=0, start
     state = step(state, batch, np.uint32(0), np.int32(number))
 print("steps", int(state.sums["images"][0]) // config.train.batch_size)
 """
-
-
-def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        env={"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.mark.slow
