@@ -239,21 +239,21 @@ LOST = """
 from alexnet_jax import towers
 towers.ensure_host_devices(2)
 import jax, jax.numpy as jnp
+from jax import lax
 
 def meet_late(x):
-    x = lax.fori_loop(0, x.astype(int), lambda i, y: y + 1e-9, x)
+    count = x.astype(int)
+    x = lax.fori_loop(0, count, lambda i, y: lax.fori_loop(0, count, lambda j, z: z + 1e-9, y), x)
     return lax.psum(x, towers.AXIS)
 
 executor = towers.Executor("pmap", 2)
-executor.map(meet_late, in_axes=(0,), out_axes=None)(jnp.array([0.0, 2e9]))
+executor.map(meet_late, in_axes=(0,), out_axes=None)(jnp.array([0.0, 1e7]))
 """
 
 
 def test_towers_that_lose_each_other_do_not_end_without_a_word() -> None:
-    timeouts = (
-        "--xla_cpu_collective_call_warn_stuck_timeout_seconds={} --xla_cpu_collective_call_terminate_timeout_seconds={}"
-    )
-    done = run_script(LOST, XLA_FLAGS=timeouts.format(1, 2))
-    assert done.returncode == -6
+    timeout = "--xla_cpu_collective_call_{}_timeout_seconds={}"
+    done = run_script(LOST, XLA_FLAGS=f"{timeout.format('warn_stuck', 3)} {timeout.format('terminate', 6)}")
+    assert done.returncode == -6, done.stderr
     assert "The towers lost each other" in done.stderr
     assert "--config.train.executor=vmap" in done.stderr
