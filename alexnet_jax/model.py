@@ -109,10 +109,10 @@ def init(config: ConfigDict, classes: int, image_shape: tuple[int, int, int], ke
       image_shape: (height, width, channels) of what the net sees, that is after cropping.
     """
     model = AlexNet(config, classes)
-    images = jnp.zeros((1, *image_shape))
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
     def init_tower(tower: jax.Array) -> dict:
-        return model.init(jax.random.fold_in(key, tower), images, train=False)["params"]
+        return model.lazy_init(jax.random.fold_in(key, tower), images, train=False)["params"]
 
     return jax.vmap(init_tower, axis_name=AXIS)(jnp.arange(config.towers))
 

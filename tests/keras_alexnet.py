@@ -65,15 +65,18 @@ def set_weights(net: keras.Model, params: dict) -> None:
         net.get_layer(name).set_weights([untower(parameters["kernel"]), untower(parameters["bias"])])
 
 
-def loss_and_gradients(net: keras.Model, images: np.ndarray, labels: np.ndarray) -> tuple[float, dict]:
-    """Mean cross-entropy and its gradients, by layer: (kernel, bias)."""
+def logits_loss_and_gradients(
+    net: keras.Model, images: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, float, dict]:
+    """Logits, mean cross-entropy and its gradients, by layer: (kernel, bias)."""
 
     def loss(variables):
         logits, _ = net.stateless_call(variables, [], images)
-        return keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True).mean()
+        return keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True).mean(), logits
 
-    value, gradients = jax.value_and_grad(loss)([v.value for v in net.trainable_variables])
+    variables = [variable.value for variable in net.trainable_variables]
+    (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
     by_layer: dict = {}
     for variable, gradient in zip(net.trainable_variables, gradients, strict=True):
         by_layer.setdefault(variable.path.split("/")[0], []).append(np.asarray(gradient))
-    return float(value), by_layer
+    return logits, float(value), by_layer

@@ -122,12 +122,12 @@ def test_the_towers_are_the_grouped_net_of_one_device(scale: str, executor: str)
 
     net = keras_alexnet.build(config, images.shape[1:], dataset.classes)
     keras_alexnet.set_weights(net, params)
-    loss, gradients = keras_alexnet.loss_and_gradients(net, images, batch["label"])
+    logits, loss, gradients = keras_alexnet.logits_loss_and_gradients(net, images, batch["label"])
 
     towers = Executor(executor, 2)
     apply = model.AlexNet(config.model, dataset.classes).apply
     forward = towers.map(lambda p, x: apply({"params": p}, x, train=False), in_axes=(0, None), out_axes=None)
-    assert_close(forward(towers.place(params), images), net(images), 1e-5)
+    assert_close(forward(towers.place(params), images), logits, 1e-5)
 
     (state,) = run_steps(executor, config, scale, 1, 2)
     np.testing.assert_allclose(state.sums["loss"] / 2, [loss, loss], rtol=1e-5)
