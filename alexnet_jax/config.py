@@ -1,6 +1,7 @@
 """Configs: flags with helpful errors, the config of one run, and the check of every value."""
 
 import difflib
+import json
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -54,6 +55,11 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
         key = f"{prefix}{name}"
         flat |= flatten(value, f"{key}.") if isinstance(value, ConfigDict) else {key: value}
     return flat
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """A config as it is on disk: nested dictionaries, lists for tuples."""
+    return json.loads(config.to_json())
 
 
 def run_config(study: ConfigDict, arm: str, seed: int) -> ConfigDict:

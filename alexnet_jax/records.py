@@ -36,8 +36,8 @@ def result(workdir: Path) -> dict[str, Any] | None:
     return read_json(workdir / "result.json")
 
 
-def claim(workdir: Path, config: dict[str, Any]) -> None:
-    """Makes a folder the run of a config.
+def check_config(workdir: Path, config: dict[str, Any]) -> None:
+    """Checks that a folder is free for the run of a config, or holds that run already.
 
     Args:
       config: nested, as JSON has it (lists, not tuples).
@@ -45,11 +45,8 @@ def claim(workdir: Path, config: dict[str, Any]) -> None:
     Raises:
       ValueError: the folder holds a run of another config.
     """
-    path = workdir / "config.json"
-    there = read_json(path)
-    if there is None:
-        write_json(path, config)
-    elif there != config:
+    there = read_json(workdir / "config.json")
+    if there is not None and there != config:
         old, new = _flatten(there), _flatten(config)
         changes = [
             f"{key} was {old.get(key)!r}, is {new.get(key)!r}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from alexnet_jax import records, report, train
-from alexnet_jax.config import flatten, run_config
+from alexnet_jax.config import as_json, flatten, run_config
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ def run_study(config: ConfigDict, workdir: Path | str) -> None:
     runs = plan(config, workdir)
     for run in runs[: len(config.arms)]:
         train.prepare(run.config)
+    for run in runs:
+        records.check_config(run.workdir, as_json(run.config))
     arms = {arm: flatten(config.arms[arm]) for arm in config.arms}
     records.write_json(workdir / "study.json", {"name": workdir.name, "arms": arms, "seeds": list(config.seeds)})
     for run in runs:

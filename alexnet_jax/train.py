@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import signal
 import threading
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import augment, data, model, optim, records
 from alexnet_jax.checkpoint import Checkpoints
-from alexnet_jax.config import validate
+from alexnet_jax.config import as_json, validate
 from alexnet_jax.evaluate import evaluator, per_image
 from alexnet_jax.logs import Logs, kernels_picture
 from alexnet_jax.towers import AXIS, Executor
@@ -132,9 +131,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
     """
     workdir = Path(workdir)
     dataset, executor = prepare(config)
-    records.claim(workdir, json.loads(config.to_json()))
+    records.check_config(workdir, as_json(config))
     if finished := records.result(workdir):
         return finished
+    records.write_json(workdir / "config.json", as_json(config))
     devices = [str(device) for device in executor.devices]
     records.write_json(workdir / "env.json", records.environment() | {"executor": executor.name, "devices": devices})
 

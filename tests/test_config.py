@@ -1,7 +1,6 @@
 """No field is dead, each arm changes its keys and nothing else, and a slip is answered with the way out."""
 
 import importlib
-import json
 from pathlib import Path
 
 import pytest
@@ -165,6 +164,6 @@ def test_a_value_that_cannot_work_is_named_with_its_rule(key: str, value: object
 
 def test_a_config_is_the_same_after_json() -> None:
     config = run_config()
-    again = json.loads(config.to_json())
+    again = config_lib.as_json(config)
     assert again["model"]["order"] == list(config.model.order)
     assert again["model"]["layers"]["fc8"]["features"] is None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alexnet_jax import logs
 
@@ -18,6 +19,8 @@ def test_a_resumed_run_forgets_what_will_be_done_again(tmp_path: Path) -> None:
         file.write('{"step": 8, "tra')
     with logs.Logs(tmp_path, start=4, stop=6) as second:
         second.write(6, {"train/loss": 0.7})
+    shown = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    assert [(event.step, round(event.value, 3)) for event in shown] == [(2, 0.2), (4, 0.4), (6, 0.7)]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 2, "train/loss": 0.2}, {"step": 4, "train/loss": 0.4}, {"step": 6, "train/loss": 0.7}]
 
