@@ -30,7 +30,7 @@ class Logs:
         self._first: tuple[int, float] | None = None  # the first step that was done, and when: before it, XLA compiles
         metrics = workdir / "metrics.jsonl"
         kept = [line for line in records.complete_lines(metrics) if json.loads(line)["step"] <= start]
-        metrics.write_text("".join(kept))
+        records.write_text(metrics, "".join(kept))
         self._metrics = metrics.open("a", buffering=1)
         self._log = (workdir / "train.log").open("a", buffering=1)
         self._tensorboard = SummaryWriter(str(workdir), purge_step=start + 1)

@@ -11,12 +11,17 @@ from typing import Any
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes the whole file or nothing."""
+def write_text(path: Path, text: str) -> None:
+    """Writes the whole file or nothing, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n")
+    unfinished.write_text(text)
     os.replace(unfinished, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A value as JSON, as by ``write_text``."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any | None:

@@ -109,8 +109,8 @@ def write(study: Path | str) -> None:
     """Writes ``results.csv`` and ``report.html`` into the study's folder and prints the table."""
     study = Path(study)
     runs = load_runs(study)
-    runs.to_csv(study / "results.csv", index=False)
-    (study / "report.html").write_text(_page(study, runs, load_curves(study)))
+    records.write_text(study / "results.csv", runs.to_csv(index=False))
+    records.write_text(study / "report.html", _page(study, runs, load_curves(study)))
     print_table(runs)
     for status, count in runs["status"].value_counts().items():
         if status != "finished":
@@ -220,7 +220,7 @@ h1, h2 {{ line-height: 1.2; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
-.text td {{ text-align: left; white-space: normal; }}
+.text th, .text td {{ text-align: left; white-space: normal; }}
 .figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }}
 figure {{ margin: 0; }}
 svg {{ width: 100%; height: auto; }}
