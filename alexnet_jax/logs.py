@@ -33,7 +33,7 @@ class Logs:
         records.write_text(metrics, "".join(kept))
         self._metrics = metrics.open("a", buffering=1)
         self._log = (workdir / "train.log").open("a", buffering=1)
-        self._tensorboard = SummaryWriter(str(workdir), purge_step=start + 1)
+        self._tensorboard = SummaryWriter(str(workdir), purge_step=start + 1, filename_suffix=f".from_step_{start}")
         self._name = "/".join(workdir.absolute().parts[-2:])
         self._bar = Progress(
             TextColumn("{task.description}"),
