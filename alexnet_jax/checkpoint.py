@@ -41,8 +41,6 @@ class Checkpoints:
           state: a pytree of arrays.
           progress: what else the run needs to go on, as JSON.
         """
-        if step == self._manager.latest_step():
-            return
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
+from alexnet_jax import records
 from alexnet_jax.model import ACTIVATIONS, OPERATIONS
 from alexnet_jax.towers import EXECUTORS
 
@@ -48,13 +49,9 @@ def _check_overrides(source: str, argv: list[str]) -> None:
                 raise ValueError(_unknown(config, key))
 
 
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flatten(config: ConfigDict) -> dict[str, Any]:
     """Dotted keys and their values."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        key = f"{prefix}{name}"
-        flat |= flatten(value, f"{key}.") if isinstance(value, ConfigDict) else {key: value}
-    return flat
+    return records.flatten(config.to_dict())
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def check_config(workdir: Path, config: dict[str, Any]) -> None:
     """
     there = read_json(workdir / "config.json")
     if there is not None and there != config:
-        old, new = _flatten(there), _flatten(config)
+        old, new = flatten(there), flatten(config)
         changes = [
             f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
             for key in sorted(old | new)
@@ -89,8 +89,9 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and their values."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

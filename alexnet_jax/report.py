@@ -174,7 +174,8 @@ def _page(study: Path, runs: pd.DataFrame, curves: pd.DataFrame) -> str:
         [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]
         for row in finished.itertuples(index=False)
     ]
-    data = ", ".join(sorted({_config_value(folder, "data", "name") for folder in folders if folder.exists()}))
+    configs = [config for folder in folders if (config := records.read_json(folder / "config.json"))]
+    data = ", ".join(sorted({config["data"]["name"] for config in configs}))
     return _PAGE.format(
         title=html.escape(described["name"]),
         summary=html.escape(f"{len(finished)} of {len(runs)} runs finished; data set {data}."),
@@ -184,10 +185,6 @@ def _page(study: Path, runs: pd.DataFrame, curves: pd.DataFrame) -> str:
         runs=_html_table(COLUMNS, results),
         environment=html.escape(json.dumps(environments[0], indent=2) if environments else ""),
     )
-
-
-def _config_value(folder: Path, section: str, key: str) -> Any:
-    return (records.read_json(folder / "config.json") or {}).get(section, {}).get(key, "?")
 
 
 def _html_table(headings: Any, rows: Any) -> str:

@@ -53,6 +53,7 @@ def run_study(config: ConfigDict, workdir: Path | str) -> None:
     arms = {arm: flatten(config.arms[arm]) for arm in config.arms}
     records.write_json(workdir / "study.json", {"name": workdir.name, "arms": arms, "seeds": list(config.seeds)})
     for run in runs:
-        changed = {key: flatten(run.config)[key] for keys in arms.values() for key in keys}
+        values = flatten(run.config)
+        changed = {key: values[key] for keys in arms.values() for key in keys}
         train.train_and_evaluate(run.config, run.workdir, {"arm": run.arm, "seed": run.seed, **changed})
     report.write(workdir)

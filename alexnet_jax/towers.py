@@ -77,7 +77,8 @@ class Executor:
     def map(self, function: Callable, *, in_axes: Any, out_axes: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
         """The compiled function of all towers; axes as for ``jax.vmap``: 0 is the tower axis, None is shared.
 
-        An output with axis None must be the same on every tower. The uncompiled function is its ``__wrapped__``.
+        An output with axis None must be the same on every tower. Where calls wait for their
+        result, the function that does not is ``__wrapped__``.
         """
         if self.name == "pmap":
             mapped = jax.pmap(

@@ -130,10 +130,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
       KeyboardInterrupt: a signal asked to stop; a checkpoint was saved first.
     """
     workdir = Path(workdir)
-    dataset, executor = prepare(config)
     records.check_config(workdir, as_json(config))
     if finished := records.result(workdir):
         return finished
+    dataset, executor = prepare(config)
     records.write_json(workdir / "config.json", as_json(config))
     devices = [str(device) for device in executor.devices]
     records.write_json(workdir / "env.json", records.environment() | {"executor": executor.name, "devices": devices})

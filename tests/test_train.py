@@ -10,6 +10,7 @@ from pathlib import Path
 
 import chex
 import jax
+import numpy as np
 import pytest
 from conftest import REPOSITORY, TINY, run_config
 from ml_collections import ConfigDict
@@ -193,5 +194,5 @@ def test_the_state_is_donated(tiny) -> None:
     towers = Executor("pmap", 2)
     state = towers.place(train.init_state(tiny, dataset))
     batch = next(train.data.train_batches(dataset, tiny, seed=0, start=0, stop=1))
-    train.train_step(tiny, dataset, towers)(state, batch, train.np.uint32(0), train.np.int32(1))
+    train.train_step(tiny, dataset, towers)(state, batch, np.uint32(0), np.int32(1))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
