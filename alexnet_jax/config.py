@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from alexnet_jax import records
-from alexnet_jax.model import ACTIVATIONS, OPERATIONS
+from alexnet_jax.model import ACTIVATIONS, DISTRIBUTIONS, OPERATIONS
 from alexnet_jax.towers import EXECUTORS
 
 SECTIONS = ("model", "data", "optim", "train", "eval")
@@ -108,6 +108,11 @@ def _some_of(*choices: str) -> _Rule:
     return _Rule(lambda values: set(values) <= set(choices), f"a tuple of some of {', '.join(choices)}")
 
 
+def _or_none(rule: _Rule) -> _Rule:
+    return _Rule(lambda value: value is None or rule.obeys(value), f"None or {rule.text}")
+
+
+_ASCENDING = _Rule(lambda values: list(values) == sorted(set(values)), "ascending")
 _POSITIVE = _Rule(lambda value: value > 0, "more than 0")
 _SHARE = _Rule(lambda value: 0 <= value < 1, "from 0 to less than 1")
 
@@ -117,6 +122,7 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
     model = config.model
     yield "model.towers", _at_least(1)
     yield "model.activation", _one_of(*ACTIVATIONS)
+    yield "model.init", _one_of(*DISTRIBUTIONS)
     yield "model.order", _some_of(*model.layers)
     yield "model.order", _Rule(lambda order: len(set(order)) == len(order) > 0, "at least one layer, and each once")
     for name in model.order:
@@ -124,20 +130,34 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
     yield "model.lrn.n", _at_least(1)
     yield "model.lrn.k", _POSITIVE
     yield "model.lrn.alpha", _at_least(0)
+    yield "model.lrn.spatial.window", _at_least(1)
+    yield "model.lrn.spatial.k", _POSITIVE
+    yield "model.lrn.spatial.alpha", _at_least(0)
     yield "model.pool.window", _at_least(1)
     yield "model.pool.stride", _at_least(1)
     yield "model.dropout.rate", _SHARE
     yield "data.image_size", _at_least(1)
     size = config.data.image_size
     yield "data.crop", _Rule(lambda crop: 1 <= crop <= size, f"from 1 to data.image_size={size}")
-    yield "data.std", _POSITIVE
+    yield "data.std", _Rule(lambda std: all(value > 0 for value in std), "more than 0, per channel")
+    yield "data.augment.chunk", _at_least(1)
+    yield "data.augment.colour.noise", _at_least(0)
+    axes = "a (red, green, blue) for each of data.augment.colour.stds"
+    count = len(config.data.augment.colour.stds)
+    yield "data.augment.colour.axes", _Rule(lambda value: [len(axis) for axis in value] == [3] * count, axes)
     yield "data.threads", _at_least(1)
     yield "data.prefetch", _at_least(1)
     yield "optim.learning_rate", _POSITIVE
     yield "optim.momentum", _SHARE
     yield "optim.weight_decay", _at_least(0)
-    yield "optim.cut_epochs", _Rule(lambda epochs: list(epochs) == sorted(set(epochs)), "ascending")
+    yield "optim.cut_epochs", _ASCENDING
     yield "optim.cut_divisor", _POSITIVE
+    yield "optim.stall.evaluations", _at_least(0)
+    yield "optim.stall.cuts", _at_least(0)
+    yield "optim.biases.rate", _at_least(0)
+    yield "optim.biases.decay", _at_least(0)
+    yield "optim.biases.cut_epochs", _or_none(_ASCENDING)
+    yield "optim.biases.cut_divisor", _or_none(_POSITIVE)
     yield "train.executor", _one_of(*EXECUTORS)
     yield "train.batch_size", _at_least(1)
     yield "train.epochs", _POSITIVE
@@ -150,15 +170,18 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
 
 
 def _layer_rules(key: str, layer: ConfigDict, towers: int, last: bool) -> Iterator[tuple[str, _Rule]]:
-    yield f"{key}.kind", _one_of("conv", "dense")
+    yield f"{key}.kind", _one_of("conv", "local", "dense")
     if last:
         yield f"{key}.features", _Rule(lambda value: value is None, "None, one for each class, in the last layer")
     else:
         rule = f"a multiple of model.towers={towers}, and only the last layer may leave it open"
         yield f"{key}.features", _Rule(lambda value: value and value > 0 and value % towers == 0, rule)
     yield f"{key}.weight_std", _at_least(0)
+    yield f"{key}.bias_std", _at_least(0)
+    yield f"{key}.weight_decay", _or_none(_at_least(0))
+    yield f"{key}.cut_epochs", _or_none(_ASCENDING)
     yield f"{key}.then", _some_of(*OPERATIONS)
-    if layer.kind == "conv":
+    if layer.kind != "dense":
         yield f"{key}.kernel", _at_least(1)
         yield f"{key}.stride", _at_least(1)
         yield f"{key}.padding", _Rule(lambda value: len(value) == 2 and min(value) >= 0, "pixels before and after")

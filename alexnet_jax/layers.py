@@ -1,6 +1,11 @@
 """The operations of AlexNet that no library offers in the paper's form."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
+from flax import linen as nn
 from jax import lax
 
 
@@ -21,19 +26,49 @@ def lrn(x: jax.Array, *, n: int, k: float, alpha: float, beta: float) -> jax.Arr
     return x * (k + alpha * squares) ** -beta
 
 
-def max_pool(x: jax.Array, *, window: int, stride: int) -> jax.Array:
+def spatial_lrn(x: jax.Array, *, window: int, k: float, alpha: float, beta: float) -> jax.Array:
+    """Response normalisation over the neighbouring pixels of the same map: the 2012 code's second normalisation.
+
+    ``b = a / (k + alpha * sum a ** 2) ** beta``, summed over the window centred on the pixel, as far as it is on
+    the map (``type=rnorm`` of cuda-convnet, which divides its ``scale`` by the window's area first).
+
+    Args:
+      x: activations (batch, height, width, channels).
+      window: height and width, in pixels.
+    """
+    before, after = window // 2, (window - 1) // 2
+    padding = ((0, 0), (before, after), (before, after), (0, 0))
+    squares = lax.reduce_window(x * x, 0.0, lax.add, (1, window, window, 1), (1, 1, 1, 1), padding)
+    return x * (k + alpha * squares) ** -beta
+
+
+def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array:
     """Max pooling (paper, section 3.4); it overlaps where the stride is less than the window.
 
     Args:
       x: activations (batch, height, width, channels).
+      ceil: whether a last window may hang over the right and bottom edge, as in cuda-convnet and Caffe.
 
     Raises:
       ValueError: the window is larger than the map.
     """
+    return _pool(nn.max_pool, x, window, stride, ceil)
+
+
+def avg_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array:
+    """Average pooling of cuda-convnet's CIFAR-10 nets: over the pixels of the window that are on the map.
+
+    Arguments and errors are those of ``max_pool``.
+    """
+    return _pool(functools.partial(nn.avg_pool, count_include_pad=False), x, window, stride, ceil)
+
+
+def _pool(pool: Callable[..., Any], x: jax.Array, window: int, stride: int, ceil: bool) -> jax.Array:
     height, width = x.shape[1:3]
     if window > min(height, width):
         raise ValueError(
             f"a pooling window of {window}x{window} does not fit a map of {height}x{width}: "
             "use larger images (data.crop), smaller strides or fewer poolings"
         )
-    return lax.reduce_window(x, -jax.numpy.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), "VALID")
+    padding = [(0, (window - side) % stride if ceil else 0) for side in (height, width)]
+    return pool(x, (window, window), (stride, stride), padding)

@@ -5,6 +5,10 @@ only where a layer crosses: there the channels of all towers are gathered. The l
 (``configs/base.py``): a new AlexNet is a config, not a class.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,7 +19,12 @@ from alexnet_jax import layers
 from alexnet_jax.towers import AXIS
 
 ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
-OPERATIONS = ("activation", "lrn", "max_pool", "dropout")
+OPERATIONS = ("activation", "lrn", "spatial_lrn", "max_pool", "avg_pool", "dropout")
+# What initial values are drawn from; both have mean 0 and standard deviation 1.
+DISTRIBUTIONS: dict[str, Callable[..., jax.Array]] = {
+    "normal": jax.random.normal,
+    "uniform": functools.partial(jax.random.uniform, minval=-(3**0.5), maxval=3**0.5),
+}
 
 
 class AlexNet(nn.Module):
@@ -42,19 +51,30 @@ class AlexNet(nn.Module):
         for name in self.config.order:
             layer = self.config.layers[name]
             if layer.crosses:
-                x = _gather(x)
+                x = self._gather(name, x)
             x = self._weights(name, x)
             for operation in layer.then:
-                x = self._operation(operation, x, train)
-        return _gather(x)[:, : self.classes]
+                x = self._operation(name, operation, x, train)
+        return self._gather("logits", x)[:, : self.classes]
+
+    def _gather(self, name: str, x: jax.Array) -> jax.Array:
+        """The channels (last axis) of all towers, side by side, on every tower: what the named layer sees."""
+        self.sow("intermediates", f"{name}_exchanged", x)
+        return lax.all_gather(x, AXIS, axis=x.ndim - 1, tiled=True)
 
     def _weights(self, name: str, x: jax.Array) -> jax.Array:
         """The convolution or dense layer itself: this tower's share of its features."""
         layer = self.config.layers[name]
         features = self.classes if layer.features is None else layer.features
         share = -(-features // lax.axis_size(AXIS))  # rounded up: the head is padded, and cut after the gather
-        kernel_init = nn.initializers.normal(layer.weight_std)
-        bias_init = nn.initializers.constant(layer.bias)
+        draw = DISTRIBUTIONS[self.config.init]
+
+        def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return layer.weight_std * draw(key, shape, dtype)
+
+        def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return layer.bias + layer.bias_std * draw(key, shape, dtype)
+
         if layer.kind == "dense":
             dense = nn.Dense(share, kernel_init=kernel_init, bias_init=bias_init, name=name)
             return dense(x.reshape(x.shape[0], -1))
@@ -64,7 +84,8 @@ class AlexNet(nn.Module):
                 f"{name}: a kernel of {layer.kernel}x{layer.kernel} does not fit a map of {size}x{size} padded by "
                 f"{before}+{after}: use larger images (data.crop), smaller strides or fewer poolings"
             )
-        conv = nn.Conv(
+        kind = {"conv": nn.Conv, "local": nn.ConvLocal}[layer.kind]
+        conv = kind(
             share,
             (layer.kernel, layer.kernel),
             strides=layer.stride,
@@ -75,28 +96,44 @@ class AlexNet(nn.Module):
         )
         return conv(x)
 
-    def _operation(self, operation: str, x: jax.Array, train: bool) -> jax.Array:
-        """One of the operations that may follow the weights; an operation that is switched off is the identity."""
+    def _operation(self, name: str, operation: str, x: jax.Array, train: bool) -> jax.Array:
+        """One of the operations that follow a layer's weights; an operation that is switched off is the identity."""
         config = self.config
         match operation:
             case "activation":
                 return ACTIVATIONS[config.activation](x)
-            case "lrn":
-                lrn = config.lrn
-                return layers.lrn(x, n=lrn.n, k=lrn.k, alpha=lrn.alpha, beta=lrn.beta) if lrn.enabled else x
-            case "max_pool":
-                return layers.max_pool(x, window=config.pool.window, stride=config.pool.stride)
+            case "lrn" if config.lrn.enabled:
+                return self._lrn(name, x)
+            case "spatial_lrn" if config.lrn.enabled:
+                spatial = config.lrn.spatial
+                return layers.spatial_lrn(x, window=spatial.window, k=spatial.k, alpha=spatial.alpha, beta=spatial.beta)
+            case "lrn" | "spatial_lrn":
+                return x
+            case "max_pool" | "avg_pool":
+                pool = {"max_pool": layers.max_pool, "avg_pool": layers.avg_pool}[operation]
+                return pool(x, window=config.pool.window, stride=config.pool.stride, ceil=config.pool.ceil)
             case "dropout":
-                # The paper's form (section 4.2): masked in training, times the kept share in testing.
                 rate = config.dropout.rate
-                return (1 - rate) * nn.Dropout(rate, deterministic=not train)(x)
+                dropped = nn.Dropout(rate, deterministic=not train)(x)  # times 1 / (1 - rate) in training
+                # The paper's form (section 4.2): masked in training, times the kept share in testing.
+                return dropped if config.dropout.inverted else (1 - rate) * dropped
             case _:
                 raise ValueError(f"no such operation: {operation!r}")
 
-
-def _gather(x: jax.Array) -> jax.Array:
-    """The channels (last axis) of all towers, side by side, on every tower."""
-    return lax.all_gather(x, AXIS, axis=x.ndim - 1, tiled=True)
+    def _lrn(self, name: str, x: jax.Array) -> jax.Array:
+        """Normalised over neighbouring channels: this tower's, or, where it crosses, also those beyond its border."""
+        lrn = self.config.lrn
+        normalise = functools.partial(layers.lrn, n=lrn.n, k=lrn.k, alpha=lrn.alpha, beta=lrn.beta)
+        if not lrn.crosses:
+            return normalise(x)
+        towers, channels, before, after = lax.axis_size(AXIS), x.shape[-1], lrn.n // 2, (lrn.n - 1) // 2
+        last, first = x[..., channels - before :], x[..., :after]
+        self.sow("intermediates", f"{name}_lrn_exchanged", last)
+        right, left = ([(i, (i + step) % towers) for i in range(towers)] for step in (1, -1))
+        # The outermost towers have nothing beyond them: what comes round the ring counts as zeros there.
+        before_it = lax.ppermute(last, AXIS, right) * (lax.axis_index(AXIS) > 0)
+        after_it = lax.ppermute(first, AXIS, left) * (lax.axis_index(AXIS) < towers - 1)
+        return normalise(jnp.concatenate([before_it, x, after_it], axis=-1))[..., before : before + channels]
 
 
 def init(config: ConfigDict, classes: int, image_shape: tuple[int, int, int], key: jax.Array) -> dict:

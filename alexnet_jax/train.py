@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -53,10 +53,16 @@ def prepare(config: ConfigDict) -> tuple[data.DataSet, Executor]:
             f"train.batch_size={config.train.batch_size}: must be at most the {len(dataset.train)} "
             f"training images of {config.data.name}"
         )
-    if len(config.data.mean) not in (1, dataset.channels):
+    for field in ("mean", "std"):
+        if len(config.data[field]) not in (1, dataset.channels):
+            raise ValueError(
+                f"data.{field}={config.data[field]}: must be one number, or one for each of the {dataset.channels} "
+                f"channels of {config.data.name}"
+            )
+    if config.data.augment.colour.noise and dataset.channels != 3:
         raise ValueError(
-            f"data.mean={config.data.mean}: must be one number, or one for each of the {dataset.channels} "
-            f"channels of {config.data.name}"
+            f"data.augment.colour.noise={config.data.augment.colour.noise}: must be 0 for images without colours, "
+            f"and those of {config.data.name} have {dataset.channels} channel(s)"
         )
     jax.eval_shape(lambda: init_state(config, dataset))
     return dataset, Executor(config.train.executor, config.model.towers)
@@ -67,16 +73,11 @@ def steps_per_epoch(config: ConfigDict, dataset: data.DataSet) -> float:
     return len(dataset.train) / config.train.batch_size
 
 
-def update_rule(config: ConfigDict, dataset: data.DataSet) -> optax.GradientTransformation:
-    """The update rule with its schedule, whose epochs are the data set's."""
-    return optim.sgd(config.optim, optim.schedule(config.optim, steps_per_epoch(config, dataset)))
-
-
 def init_state(config: ConfigDict, dataset: data.DataSet) -> State:
     """The state before the first step: a function of the config's seed."""
     shape = (config.data.crop, config.data.crop, dataset.channels)
     params = model.init(config.model, dataset.classes, shape, jax.random.fold_in(jax.random.key(config.seed), 0))
-    opt_state = jax.vmap(update_rule(config, dataset).init)(params)
+    opt_state = jax.vmap(optim.sgd(config.optim, config.model.layers).init)(params)
     return State(params, opt_state, no_sums(config.model.towers))
 
 
@@ -86,16 +87,22 @@ def no_sums(towers: int) -> dict[str, jax.Array]:
 
 
 def train_step(config: ConfigDict, dataset: data.DataSet, executor: Executor) -> Callable[..., State]:
-    """The compiled step ``(state, batch, seed, step) -> state``, which donates the state it is given.
+    """The compiled step ``(state, batch, seed, step, stalls) -> state``, which donates the state it is given.
 
-    Crops, flips and dropout are a function of (seed, step), where the first step is 1.
+    Crops, flips, colours and dropout are a function of (seed, step), where the first step is 1. Rates are one of
+    (step, stalls), where stalls is how often the held-out error has stalled.
     """
     net = model.AlexNet(config.model, dataset.classes)
-    rule = update_rule(config, dataset)
+    rule = optim.sgd(config.optim, config.model.layers)
+    epoch_steps = steps_per_epoch(config, dataset)
+    until = config.data.augment.colour.until_epoch
 
-    def tower_step(state: State, batch: dict[str, jax.Array], seed: jax.Array, step: jax.Array) -> State:
+    def tower_step(
+        state: State, batch: dict[str, jax.Array], seed: jax.Array, step: jax.Array, stalls: jax.Array
+    ) -> State:
         views_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
-        images = augment.random_views(batch["image"], config.data, views_key)
+        colours = until is None or ~optim.reached(until, step - 1, epoch_steps)
+        images = augment.random_views(batch["image"], config.data, views_key, colours)
         rngs = {"dropout": jax.random.fold_in(dropout_key, lax.axis_index(AXIS))}
 
         def loss_share(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -105,12 +112,13 @@ def train_step(config: ConfigDict, dataset: data.DataSet, executor: Executor) ->
             return metrics["loss"].mean() / lax.axis_size(AXIS), metrics
 
         gradients, metrics = jax.grad(loss_share, has_aux=True)(state.params)
-        updates, opt_state = rule.update(gradients, state.opt_state, state.params)
+        rates = optim.learning_rates(config.optim, config.model.layers, step - 1, epoch_steps, stalls)
+        updates, opt_state = rule.update(gradients, state.opt_state, state.params, rates=rates)
         metrics["images"] = jnp.ones(len(images))
         sums = {name: state.sums[name] + values.sum() for name, values in metrics.items()}
         return State(optax.apply_updates(state.params, updates), opt_state, sums)
 
-    return executor.map(tower_step, in_axes=(0, None, None, None), out_axes=0, donate_argnums=(0,))
+    return executor.map(tower_step, in_axes=(0, None, None, None, None), out_axes=0, donate_argnums=(0,))
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -141,7 +149,6 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
     first_layer = config.model.order[0]
     epoch = steps_per_epoch(config, dataset)
     steps = max(1, round(config.train.epochs * epoch))
-    learning_rate = optim.schedule(config.optim, epoch)
     run_step = train_step(config, dataset, executor)
     evaluate = evaluator(config, dataset, executor)
 
@@ -149,25 +156,28 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
         state = executor.place(init_state(config, dataset))
         progress = _Progress()
         if restored := checkpoints.restore(state):
-            state, progress = restored[0], _Progress(**restored[1])
+            state, progress = restored[0], _Progress.from_json(restored[1])
         with Logs(workdir, start=progress.step, stop=steps) as logs:
             logs.say(f"{executor.name} on {', '.join(devices)}: from step {progress.step} to {steps}")
             clock = _Clock(progress)
             batches = data.train_batches(dataset, config, seed=config.seed, start=progress.step, stop=steps)
             for step, batch in enumerate(batches, progress.step + 1):
-                state = run_step(state, batch, np.uint32(config.seed), np.int32(step))
+                state = run_step(state, batch, np.uint32(config.seed), np.int32(step), np.int32(progress.stall.cuts))
                 clock.count(config.train.batch_size, state)
                 progress.step = step
                 logs.progress(step)
                 last = step == steps
                 if last or step % config.train.log_every == 0:
                     with clock.paused(state):
-                        metrics = _means(state, step) | {"learning_rate": float(learning_rate(step - 1))}
+                        rate = optim.learning_rate(config.optim, step - 1, epoch)
+                        rate /= config.optim.cut_divisor**progress.stall.cuts
+                        metrics = _means(state, step) | {"learning_rate": float(rate)}
                         progress.metrics |= logs.write(step, {"epoch": step / epoch, **metrics, **clock.lap()})
                         state = state.replace(sums=executor.place(no_sums(config.model.towers)))
                 if last or _passes(step, epoch * config.eval.every_epochs):
                     with clock.paused(state):
                         progress.metrics |= logs.write(step, {"epoch": step / epoch, **evaluate(state.params)})
+                        progress.stall = progress.stall.after(progress.metrics["eval/top1_error"], config.optim.stall)
                         kernels = jax.device_get(state.params[first_layer]["kernel"])
                         logs.image(step, f"{first_layer}/kernels", kernels_picture(kernels))
                 if last or step % config.train.checkpoint_every == 0 or stop.is_set():
@@ -197,6 +207,7 @@ class _Progress:
     Attributes:
       step: steps done.
       metrics: the last of each.
+      stall: whether the held-out error still falls.
       images: trained on while the clock ran, in ``training_seconds``.
       training_seconds: without compilation, evaluation and checkpoints.
       seconds: all together.
@@ -204,9 +215,15 @@ class _Progress:
 
     step: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    stall: optim.Stall = dataclasses.field(default_factory=optim.Stall)
     images: int = 0
     training_seconds: float = 0.0
     seconds: float = 0.0
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """What ``dataclasses.asdict`` made of one."""
+        return cls(**values | {"stall": optim.Stall(**values["stall"])})
 
 
 class _Clock:

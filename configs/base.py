@@ -4,6 +4,8 @@ Sections, tables and figures are those of Krizhevsky, Sutskever, Hinton: ImageNe
 Convolutional Neural Networks (NIPS 2012). Where the text is silent, the authors' 2012 code decides.
 """
 
+from collections.abc import Iterable
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
@@ -21,7 +23,7 @@ def conv(
     bias: float = 0.0,
     then: tuple[str, ...] = ("activation",),
 ) -> ConfigDict:
-    """A convolution.
+    """A convolution. `kind="local"` makes it one whose weights are not shared between positions.
 
     Args:
       features: kernels of all towers together.
@@ -29,15 +31,15 @@ def conv(
       stride: in pixels.
       padding: zeros before (left, top) and after (right, bottom), in pixels.
       crosses: whether it sees the maps of all towers or of its own only.
-      weight_std: standard deviation of the initial weights, which are normal with mean 0.
-      bias: initial value of the biases.
-      then: what follows, in order: of "activation", "lrn", "max_pool" and "dropout".
+      weight_std: standard deviation of the initial weights, whose mean is 0.
+      bias: mean of the initial biases.
+      then: what follows, in order: of "activation", "lrn", "spatial_lrn", "max_pool", "avg_pool" and "dropout".
     """
-    return ConfigDict({"kind": "conv", **locals()})
+    return ConfigDict({"kind": "conv", **locals()} | _unlike_the_others())
 
 
 def dense(
-    features: int | FieldReference,
+    features: int | FieldReference | None,
     *,
     crosses: bool = True,
     weight_std: float = 0.01,
@@ -45,16 +47,27 @@ def dense(
     then: tuple[str, ...] = ("activation", "dropout"),
 ) -> ConfigDict:
     """A fully connected layer; arguments as for `conv`."""
-    return ConfigDict({"kind": "dense", **locals()})
+    return ConfigDict({"kind": "dense", **locals()} | _unlike_the_others())
 
 
-def get_config(scale: str = "imagenet2012") -> ConfigDict:
-    """The base at one of the scales of `configs/scales.py`."""
+def _unlike_the_others() -> dict[str, object]:
+    """What a layer may have of its own; None is what the other layers have."""
+    return {
+        "bias_std": 0.0,  # standard deviation of the initial biases
+        "weight_decay": placeholder(float),  # of its weights; None: optim.weight_decay
+        "cut_epochs": placeholder(tuple),  # of its weights' rate; None: optim.cut_epochs
+        "freeze_epoch": placeholder(float),  # from here on its rates are 0; None: never
+    }
+
+
+def get_config(scale: str = "imagenet2012", among: Iterable[str] = scales.SCALES) -> ConfigDict:
+    """The base at one of the scales of `configs/scales.py`; a net may be for some of them only."""
     config = ConfigDict()
 
     config.model = ConfigDict()
     config.model.towers = 2  # section 3.2
     config.model.activation = "relu"  # section 3.1; or "tanh"
+    config.model.init = "normal"  # section 5; or "uniform": what initial weights are drawn from
 
     # Figure 2. Kernels and neurons are those of both towers together.
     config.model.order = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -77,14 +90,23 @@ def get_config(scale: str = "imagenet2012") -> ConfigDict:
     config.model.lrn.k = 2.0
     config.model.lrn.alpha = 1e-4
     config.model.lrn.beta = 0.75
+    config.model.lrn.crosses = False  # whether the neighbours beyond the tower's border count, as in Caffe
+    # Where a layer has "spatial_lrn", which the paper does not mention: over the pixels around, in the same map.
+    config.model.lrn.spatial = ConfigDict()
+    config.model.lrn.spatial.window = 5  # pixels
+    config.model.lrn.spatial.k = 1.0
+    config.model.lrn.spatial.alpha = 4e-5  # the 2012 code's 0.001 / 25: times the plain sum, too
+    config.model.lrn.spatial.beta = 0.75
 
     # Section 3.4. Overlapping: the stride is less than the window.
     config.model.pool = ConfigDict()
     config.model.pool.window = 3  # pixels
     config.model.pool.stride = 2  # pixels
+    config.model.pool.ceil = False  # whether a last window may hang over the edge; no difference to maps of 55, 27, 13
 
     config.model.dropout = ConfigDict()
     config.model.dropout.rate = 0.5  # share of the outputs that is dropped, section 4.2; 0 is off
+    config.model.dropout.inverted = False  # True: the rest is scaled up in training, instead of all down in testing
 
     config.data = ConfigDict()
     config.data.name = "imagenet2012"  # "mnist5k", which is embedded, or a data set prepared with TFDS
@@ -94,20 +116,42 @@ def get_config(scale: str = "imagenet2012") -> ConfigDict:
     config.data.image_size = 256  # pixels: shorter side scaled to it, then the central square, section 2
     config.data.crop = 224  # pixels: side of the squares the net sees, section 4.1
     config.data.mean = (122.7, 116.7, 104.0)  # subtracted; grey levels of 0-255, per channel
-    config.data.std = 1.0  # divides after that; the paper leaves the pixels as they are
+    config.data.std = (1.0,)  # divides after that, per channel or all; the paper leaves the pixels as they are
     config.data.augment = ConfigDict()  # training only, section 4.1; evaluation sees the centre crop
     config.data.augment.random_crop = True
     config.data.augment.flip = True
+    config.data.augment.chunk = 1  # images in a row that are cropped and flipped alike
+    # Noise along the principal axes of the pixels' colours: a normal number of this deviation, times the axis's own.
+    config.data.augment.colour = ConfigDict()
+    config.data.augment.colour.noise = 0.1  # 0 is off
+    config.data.augment.colour.stds = (121.780, 37.094, 19.721)  # grey levels; of ImageNet, from cuda-convnet2
+    config.data.augment.colour.axes = (  # a unit vector (red, green, blue) for each of them
+        (-0.5635, -0.5762, -0.5920),
+        (-0.7126, -0.0235, 0.7012),
+        (0.4180, -0.8170, 0.3973),
+    )
+    config.data.augment.colour.shrink = False  # whether the image is then divided by 1 + noise
+    config.data.augment.colour.until_epoch = placeholder(float)  # when it ends; None: never
     config.data.threads = 2  # that decode images
     config.data.prefetch = 8  # batches read ahead
 
-    # Section 5. Decay and rate apply to all parameters alike, as the text has it.
+    # Section 5.
     config.optim = ConfigDict()
     config.optim.learning_rate = 0.01
     config.optim.momentum = 0.9
     config.optim.weight_decay = 0.0005
     config.optim.cut_epochs = (23.0, 51.0, 78.0)  # when the rate is cut: "three times", here as the 2012 log has it
     config.optim.cut_divisor = 10.0
+    # Or when the error on the held-out images has not fallen for so many evaluations; 0 is off.
+    config.optim.stall = ConfigDict()
+    config.optim.stall.evaluations = 0
+    config.optim.stall.cuts = 3  # at most
+    # The text has the same rate and decay for all parameters; its code, and Caffe, treat biases otherwise.
+    config.optim.biases = ConfigDict()
+    config.optim.biases.rate = 1.0  # times the weights'
+    config.optim.biases.decay = 1.0  # times the weights'
+    config.optim.biases.cut_epochs = placeholder(tuple)  # None: the weights'
+    config.optim.biases.cut_divisor = placeholder(float)  # None: the weights'
 
     config.train = ConfigDict()
     config.train.executor = "auto"  # or "vmap": one device; "pmap": one device a tower
@@ -125,5 +169,5 @@ def get_config(scale: str = "imagenet2012") -> ConfigDict:
     config.arms = ConfigDict({"base": {}}, sort_keys=False)
     config.seeds = (0,)
 
-    scales.apply(config, scale)
+    scales.apply(config, scale, among)
     return config

@@ -1,16 +1,18 @@
 """The scales a study runs at, named after the colon: --config=configs/ablation_lrn.py:cifar10."""
 
+from collections.abc import Iterable
+
 from ml_collections import ConfigDict
 
 
-def apply(config: ConfigDict, scale: str) -> None:
+def apply(config: ConfigDict, scale: str, among: Iterable[str]) -> None:
     """Changes the base to the scale, in place.
 
     Raises:
-      ValueError: there is no such scale.
+      ValueError: there is no such scale among those.
     """
-    if scale not in SCALES:
-        raise ValueError(f"no scale is called {scale!r}; after the colon goes one of: {', '.join(SCALES)}")
+    if scale not in among:
+        raise ValueError(f"no scale is called {scale!r}; after the colon goes one of: {', '.join(among)}")
     for difference in SCALES[scale]:
         config.update(difference)
 
@@ -43,8 +45,8 @@ EMBEDDED = {
         "image_size": 28,
         "crop": 23,
         "mean": (33.4,),
-        "std": 79.0,
-        "augment": {"flip": False},  # a mirrored digit is another sign
+        "std": (79.0,),
+        "augment": {"flip": False, "colour": {"noise": 0.0}},  # a mirrored digit is another sign; and it is grey
     },
     "optim": {"learning_rate": 0.004, "cut_epochs": (3.0,)},
     "train": {"batch_size": 8, "epochs": 4.0, "log_every": 50, "checkpoint_every": 500},
@@ -57,7 +59,8 @@ CIFAR10 = {
         "image_size": 32,
         "crop": 23,
         "mean": (125.3, 123.0, 113.9),
-        "std": 63.0,
+        "std": (63.0,),
+        "augment": {"colour": {"noise": 0.0}},  # its colours' axes are not ImageNet's
     },
     "optim": {"learning_rate": 0.01, "cut_epochs": (24.0, 28.0)},
     "train": {"batch_size": 64, "epochs": 30.0, "log_every": 100, "checkpoint_every": 1000},
@@ -75,3 +78,5 @@ SCALES = {
     "imagenette": (IMAGENETTE,),
     "imagenet2012": (),
 }
+
+PHOTOS = ("imagenet2012", "imagenette")  # of 256 pixels

@@ -16,7 +16,9 @@ def images(batch: int, size: int, channels: int) -> np.ndarray:
 
 
 def data_config(**changes):
-    return run_config(**{f"data.{key}": value for key, value in {"mean": (0.0,), "std": 1.0, **changes}.items()}).data
+    return run_config(
+        **{f"data.{key}": value for key, value in {"mean": (0.0,), "std": (1.0,), **changes}.items()}
+    ).data
 
 
 @settings(max_examples=20, deadline=None)
@@ -55,5 +57,5 @@ def test_switched_off_training_sees_what_evaluation_sees() -> None:
 @pytest.mark.parametrize("mean", [(10.0,), (10.0, 20.0, 30.0)])
 def test_the_mean_is_subtracted_before_the_scale(mean: tuple[float, ...]) -> None:
     batch = images(2, 4, 3)
-    views = augment.centre_views(batch, data_config(crop=4, mean=mean, std=2.0))
+    views = augment.centre_views(batch, data_config(crop=4, mean=mean, std=(2.0,)))
     np.testing.assert_allclose(views, (batch.astype(np.float32) - np.array(mean)) / 2, rtol=1e-6)

@@ -24,6 +24,7 @@ def test_a_run_reads_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Runs a study with a config that notes which of its fields are asked for by name."""
     config = base.get_config("embedded")
     config.update_from_flattened_dict(TINY | {"train.epochs": 0.004})
+    config.model.layers.conv2.then = ("activation", "lrn", "spatial_lrn", "max_pool")
     config.lock()
     read: set[str] = set()
     paths: dict[int, str] = {}
@@ -58,7 +59,9 @@ def test_a_run_reads_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     study.run_study(config, tmp_path / "study")
     monkeypatch.undo()
     fields = {key for key in config_lib.flatten(config) if not key.startswith("arms")} | {"seed", "arms"}
-    assert fields - read == {"data.data_dir"}  # the embedded set has no folder; test_data.py has sets that do
+    # The embedded set has no folder and no colours: test_data.py and test_augment.py have sets that do.
+    colour = {f"data.augment.colour.{field}" for field in ("stds", "axes", "shrink")}
+    assert fields - read == {"data.data_dir"} | colour
 
 
 @pytest.mark.parametrize("scale", scales.SCALES)

@@ -45,16 +45,16 @@ def test_lrn_gradient_is_that_of_the_formula() -> None:
 def test_max_pool_takes_the_maximum_of_each_window(size: int, window: int, stride: int) -> None:
     x = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
     windows = np.lib.stride_tricks.sliding_window_view(x, (window, window), (1, 2))[:, ::stride, ::stride]
-    np.testing.assert_array_equal(layers.max_pool(x, window=window, stride=stride), windows.max((-2, -1)))
+    np.testing.assert_array_equal(layers.max_pool(x, window=window, stride=stride, ceil=False), windows.max((-2, -1)))
 
 
 @pytest.mark.parametrize(("size", "pooled"), [(55, 27), (27, 13), (13, 6)])
 def test_both_poolings_of_the_paper_give_the_same_map(size: int, pooled: int) -> None:
     x = jnp.zeros((1, size, size, 1))
-    assert layers.max_pool(x, window=3, stride=2).shape == (1, pooled, pooled, 1)
-    assert layers.max_pool(x, window=2, stride=2).shape == (1, pooled, pooled, 1)
+    assert layers.max_pool(x, window=3, stride=2, ceil=False).shape == (1, pooled, pooled, 1)
+    assert layers.max_pool(x, window=2, stride=2, ceil=False).shape == (1, pooled, pooled, 1)
 
 
 def test_a_window_larger_than_the_map_is_refused() -> None:
     with pytest.raises(ValueError, match=r"window of 3x3 does not fit a map of 2x5: use larger images"):
-        layers.max_pool(jnp.zeros((1, 2, 5, 1)), window=3, stride=2)
+        layers.max_pool(jnp.zeros((1, 2, 5, 1)), window=3, stride=2, ceil=False)

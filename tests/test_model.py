@@ -98,7 +98,7 @@ def test_initial_loss_is_that_of_guessing(scale: str, classes: int, channels: in
     dataset = DataSet([None] * 1000, [], classes, channels)
     params = train.init_state(config, dataset).params
     generator = np.random.default_rng(0)
-    images = generator.normal(0, 70 / config.data.std, (8, config.data.crop, config.data.crop, channels))
+    images = generator.normal(0, 70 / config.data.std[0], (8, config.data.crop, config.data.crop, channels))
     net = model.AlexNet(config.model, classes)
     forward = jax.vmap(
         lambda p: net.apply({"params": p}, jnp.array(images), train=False), axis_name=AXIS, out_axes=None

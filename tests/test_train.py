@@ -194,5 +194,5 @@ def test_the_state_is_donated(tiny) -> None:
     towers = Executor("pmap", 2)
     state = towers.place(train.init_state(tiny, dataset))
     batch = next(train.data.train_batches(dataset, tiny, seed=0, start=0, stop=1))
-    train.train_step(tiny, dataset, towers)(state, batch, np.uint32(0), np.int32(1))
+    train.train_step(tiny, dataset, towers)(state, batch, np.uint32(0), np.int32(1), np.int32(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))

@@ -1,0 +1,164 @@
+"""What a net is made of, as a table to hold against the paper's figure 2.
+
+    python -m alexnet_jax.summary --config=configs/nets/paper.py [--classes=1000] [--channels=3]
+
+Nothing is computed but shapes.
+"""
+
+import math
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+from rich.console import Console
+from rich.table import Table
+
+from alexnet_jax import config as config_lib
+from alexnet_jax import model
+from alexnet_jax.optim import KERNEL
+from alexnet_jax.towers import AXIS
+
+
+class Row(NamedTuple):
+    """One layer, of all towers together.
+
+    Attributes:
+      name: of the layer; "logits" is what all towers' last layers make together.
+      kind: "conv", "local" or "dense"; "" for the logits.
+      maps: (height, width, features) before pooling, or (features,).
+      kernel: (height, width, channels seen), or (neurons seen,).
+      stride: in pixels.
+      crosses: whether it sees all towers or its own only.
+      then: the operations that follow.
+      parameters: weights and biases.
+      multiply_adds: for one image.
+      neurons: values of ``maps``.
+      exchanged: values that a tower gives away for one image: to what this layer sees, then in its normalisation.
+    """
+
+    name: str
+    kind: str
+    maps: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: int
+    crosses: bool
+    then: tuple[str, ...]
+    parameters: int
+    multiply_adds: int
+    neurons: int
+    exchanged: tuple[int, ...]
+
+
+def rows(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> list[Row]:
+    """The layers of a net, and what is exchanged for the logits.
+
+    Args:
+      config: the ``model`` section.
+      image_shape: (height, width, channels) of what the net sees.
+
+    Raises:
+      ValueError: a kernel or a pooling window does not fit the map it meets.
+    """
+    net, towers = model.AlexNet(config, classes), config.towers
+
+    def shapes() -> tuple[Any, Any]:
+        params = model.init(config, classes, image_shape, jax.random.key(0))
+
+        def tower(own: Any) -> Any:
+            images = jnp.zeros((1, *image_shape))
+            return net.apply(
+                {"params": own}, images, train=False, capture_intermediates=True, mutable=["intermediates"]
+            )[1]["intermediates"]
+
+        return params, jax.vmap(tower, axis_name=AXIS)(params)
+
+    params, seen = jax.eval_shape(shapes)
+
+    def exchanged(name: str) -> tuple[int, ...]:
+        found = [seen[key][0] for key in (f"{name}_exchanged", f"{name}_lrn_exchanged") if key in seen]
+        return tuple(array.size // towers for array in found) if towers > 1 else ()
+
+    table = []
+    for name in config.order:
+        layer, kernel = config.layers[name], params[name][KERNEL].shape[1:]
+        maps = seen[name]["__call__"][0].shape[2:]
+        maps = (*maps[:-1], maps[-1] * towers)
+        weights = math.prod(kernel) * towers
+        channels = kernel[-2] if layer.kind != "local" else kernel[-2] // layer.kernel**2
+        table.append(
+            Row(
+                name=name,
+                kind=layer.kind,
+                maps=maps,
+                kernel=(channels,) if layer.kind == "dense" else (layer.kernel, layer.kernel, channels),
+                stride=1 if layer.kind == "dense" else layer.stride,
+                crosses=layer.crosses,
+                then=tuple(layer.then),
+                parameters=model.count_parameters(params[name]),
+                # A convolution uses each weight at every position of its map; the others use each just once.
+                multiply_adds=weights * (math.prod(maps[:-1]) if layer.kind == "conv" else 1),
+                neurons=math.prod(maps),
+                exchanged=exchanged(name),
+            )
+        )
+    if towers > 1:
+        table.append(Row("logits", "", (classes,), (), 1, True, (), 0, 0, 0, exchanged("logits")))
+    return table
+
+
+def table(layers: list[Row], towers: int) -> Table:
+    """The rows as they are printed, with totals and what one tower has of them."""
+    printed = Table(title="multiply-adds and exchanged values are those of one image", title_justify="left")
+    for column in ("layer", "map", "kernel", "stride", "sees", "then"):
+        printed.add_column(column)
+    for column in ("parameters", "multiply-adds", "neurons", "exchanged a side"):
+        printed.add_column(column, justify="right", no_wrap=True)
+    for row in layers:
+        sees = "" if towers == 1 else "all towers" if row.crosses else "its own tower"
+        printed.add_row(
+            row.name,
+            "x".join(map(str, row.maps)),
+            "x".join(map(str, row.kernel)) + (" unshared" if row.kind == "local" else ""),
+            str(row.stride) if row.kind in ("conv", "local") else "",
+            "the image" if row is layers[0] else sees,
+            ", ".join(row.then),
+            *(f"{number:,}" if number else "" for number in (row.parameters, row.multiply_adds, row.neurons)),
+            " + ".join(f"{number:,}" for number in row.exchanged),
+        )
+    totals = [
+        sum(numbers) for numbers in zip(*((r.parameters, r.multiply_adds, r.neurons) for r in layers), strict=True)
+    ]
+    given = sum(sum(row.exchanged) for row in layers)
+    printed.add_section()
+    printed.add_row("total", *[""] * 5, *(f"{number:,}" for number in totals), f"{given:,}" if given else "")
+    if towers > 1:
+        printed.add_row(f"each of {towers} towers", *[""] * 5, *(f"{number // towers:,}" for number in totals), "")
+    return printed
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.", lock_config=True)
+_CLASSES = flags.DEFINE_integer("classes", None, "Classes; by default 10 for the small images, else 1000.", 1)
+_CHANNELS = flags.DEFINE_integer("channels", None, "Channels; by default 1 for the embedded images, else 3.", 1)
+
+
+def main(argv: list[str]) -> None:
+    """Prints the table of the flags' config."""
+    if len(argv) > 1 or _CONFIG.value is None:
+        raise app.UsageError("say which net: --config=configs/nets/paper.py")
+    study = _CONFIG.value
+    run = config_lib.run_config(study, next(iter(study.arms)), 0)
+    classes = _CLASSES.value or (1000 if run.data.name == "imagenet2012" else 10)
+    channels = _CHANNELS.value or (1 if run.data.name == "mnist5k" else 3)
+    try:
+        config_lib.validate(run)
+        layers = rows(run.model, classes, (run.data.crop, run.data.crop, channels))
+    except ValueError as error:
+        sys.exit(f"{config_flags.get_config_filename(flags.FLAGS['config'])}: {error}")
+    Console(width=max(Console().width, 150)).print(table(layers, run.model.towers))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=config_lib.parse_flags)
