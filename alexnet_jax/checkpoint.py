@@ -52,11 +52,12 @@ class Checkpoints:
         if not saved:
             raise RuntimeError(f"the checkpoint of step {step} was not saved in {self._directory}")
 
-    def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
+    def restore(self, state: Any = None) -> tuple[Any, dict[str, Any]] | None:
         """The latest checkpoint, or None where there is none.
 
         Args:
-          state: arrays of the shapes and on the devices the result should have; the values do not matter.
+          state: arrays of the shapes and on the devices the result should have; the values do not matter. Without
+            it: nested dictionaries of whatever was saved, on the first device.
 
         Raises:
           ValueError: the checkpoint is damaged, or is of another net.
@@ -66,10 +67,11 @@ class Checkpoints:
             return None
         remedy = f"delete {self._directory / str(step)} to go on from the checkpoint before it, or from the start"
         try:
+            shapes = self._saved_shapes(step) if state is None else jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
+                    state=ocp.args.StandardRestore(shapes),
                     progress=ocp.args.JsonRestore(),
                     checksums=ocp.args.JsonRestore(),
                 ),
@@ -83,7 +85,15 @@ class Checkpoints:
             raise ValueError(f"the checkpoint of step {step} is damaged, first in {wrong[0]}: {remedy}")
         return restored["state"], restored["progress"]
 
+    def _saved_shapes(self, step: int) -> Any:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        saved = self._manager.item_metadata(step)["state"]
+        return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), saved.tree)
+
 
 def _checksums(tree: Any) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
-    return {jax.tree_util.keystr(path): zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): zlib.crc32(np.asarray(leaf).tobytes())
+        for path, leaf in leaves
+    }

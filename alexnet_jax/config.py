@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import records
 from alexnet_jax.model import ACTIVATIONS, DISTRIBUTIONS, OPERATIONS
 from alexnet_jax.towers import EXECUTORS
 
+FLAG = config_flags.DEFINE_config_file(
+    "config", help_string="A file of configs/, and after a colon its scale.", lock_config=True
+)
 SECTIONS = ("model", "data", "optim", "train", "eval")
 
 
@@ -57,6 +60,19 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 def as_json(config: ConfigDict) -> dict[str, Any]:
     """A config as it is on disk: nested dictionaries, lists for tuples."""
     return json.loads(config.to_json())
+
+
+def from_json(values: dict[str, Any]) -> ConfigDict:
+    """What ``as_json`` made of a run's config; fields that were left open stay None."""
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: tuples(inner) for key, inner in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    config = ConfigDict(tuples(values))
+    config.lock()
+    return config
 
 
 def run_config(study: ConfigDict, arm: str, seed: int) -> ConfigDict:

@@ -12,9 +12,6 @@ from ml_collections import config_flags
 
 from alexnet_jax import config, study, towers
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="A file of configs/, and after a colon its scale.", lock_config=True
-)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The study's folder; by default runs/, then the config's name.")
 
 
@@ -22,13 +19,13 @@ def main(argv: list[str]) -> None:
     """Runs the study that the flags name."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}: flags begin with two dashes")
-    if _CONFIG.value is None:
+    if config.FLAG.value is None:
         raise app.UsageError("say which study: --config=configs/ablation_lrn.py")
     logging.getLogger().setLevel(logging.ERROR)  # the libraries' chatter would drown the runs' own lines
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    towers.ensure_host_devices(_CONFIG.value.model.towers)
+    towers.ensure_host_devices(config.FLAG.value.model.towers)
     try:
-        study.run_study(_CONFIG.value, _WORKDIR.value or Path("runs") / name)
+        study.run_study(config.FLAG.value, _WORKDIR.value or Path("runs") / name)
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt as stopped:

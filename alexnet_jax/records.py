@@ -1,4 +1,4 @@
-"""The JSON files of a run's folder: config.json, env.json, metrics.jsonl and, once it is finished, result.json."""
+"""The JSON files of a run's folder: config, data set, environment, metrics and, once it is finished, its result."""
 
 import importlib.metadata
 import json

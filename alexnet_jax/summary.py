@@ -139,16 +139,15 @@ def table(layers: list[Row], towers: int) -> Table:
     return printed
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.", lock_config=True)
 _CLASSES = flags.DEFINE_integer("classes", None, "Classes; by default 10 for the small images, else 1000.", 1)
 _CHANNELS = flags.DEFINE_integer("channels", None, "Channels; by default 1 for the embedded images, else 3.", 1)
 
 
 def main(argv: list[str]) -> None:
     """Prints the table of the flags' config."""
-    if len(argv) > 1 or _CONFIG.value is None:
+    if len(argv) > 1 or config_lib.FLAG.value is None:
         raise app.UsageError("say which net: --config=configs/nets/paper.py")
-    study = _CONFIG.value
+    study = config_lib.FLAG.value
     run = config_lib.run_config(study, next(iter(study.arms)), 0)
     classes = _CLASSES.value or (1000 if run.data.name == "imagenet2012" else 10)
     channels = _CHANNELS.value or (1 if run.data.name == "mnist5k" else 3)

@@ -76,7 +76,12 @@ def steps_per_epoch(config: ConfigDict, dataset: data.DataSet) -> float:
 def init_state(config: ConfigDict, dataset: data.DataSet) -> State:
     """The state before the first step: a function of the config's seed."""
     shape = (config.data.crop, config.data.crop, dataset.channels)
-    params = model.init(config.model, dataset.classes, shape, jax.random.fold_in(jax.random.key(config.seed), 0))
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    return start(config, model.init(config.model, dataset.classes, shape, key))
+
+
+def start(config: ConfigDict, params: Any) -> State:
+    """The state of a net with these parameters before the first step."""
     opt_state = jax.vmap(optim.sgd(config.optim, config.model.layers).init)(params)
     return State(params, opt_state, no_sums(config.model.towers))
 
@@ -121,6 +126,21 @@ def train_step(config: ConfigDict, dataset: data.DataSet, executor: Executor) ->
     return executor.map(tower_step, in_axes=(0, None, None, None, None), out_axes=0, donate_argnums=(0,))
 
 
+def save_start(config: ConfigDict, classes: int, params: Any, workdir: Path) -> None:
+    """Makes a new folder a run that has done no step: ``train_and_evaluate`` goes on from these parameters.
+
+    Raises:
+      ValueError: the folder is there already.
+    """
+    if workdir.exists():
+        raise ValueError(f"{workdir}: is there already; name a new folder, or delete it")
+    records.check_config(workdir, as_json(config))
+    records.write_json(workdir / "config.json", as_json(config))
+    records.write_json(workdir / "dataset.json", {"classes": classes})
+    with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(0, start(config, params), dataclasses.asdict(_Progress()))
+
+
 def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str, Any] | None = None) -> dict[str, Any]:
     """Trains one net, or goes on with training it, and evaluates it.
 
@@ -143,6 +163,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
         return finished
     dataset, executor = prepare(config)
     records.write_json(workdir / "config.json", as_json(config))
+    records.write_json(workdir / "dataset.json", {"classes": dataset.classes})
     devices = [str(device) for device in executor.devices]
     records.write_json(workdir / "env.json", records.environment() | {"executor": executor.name, "devices": devices})
 

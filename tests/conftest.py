@@ -1,5 +1,6 @@
 """What the tests share. A CPU is two devices here, one for each tower."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -43,6 +44,33 @@ def run_config(scale: str = "embedded", seed: int = 0, **changes: Any) -> Config
     for key, value in changes.items():
         study.update_from_flattened_dict({key: value})
     return config_lib.run_config(study, "base", seed)
+
+
+NETS = sorted(path.stem for path in (REPOSITORY / "configs" / "nets").glob("*.py"))
+# Few features, and images just large enough, for a net of the ImageNet size.
+REDUCED = {
+    **{f"model.layers.conv{i}.features": features for i, features in zip(range(1, 6), (8, 16, 16, 12, 8), strict=True)},
+    **{f"model.layers.fc{i}.features": 16 for i in (6, 7)},
+    "data.crop": 99,
+}
+
+
+def net_config(name: str, **changes: Any) -> ConfigDict:
+    """The config of a run of one of configs/nets/; changes have dotted keys."""
+    net = importlib.import_module(f"configs.nets.{name}").get_config()
+    net.update_from_flattened_dict(changes)
+    return config_lib.run_config(net, "base", 0)
+
+
+def reduced(name: str, **changes: Any) -> ConfigDict:
+    """One of configs/nets/ with few features and no dropout; weights and biases that let every image count."""
+    small = {} if name.startswith("cifar") else REDUCED
+    config = net_config(name, **small, **{"model.dropout.rate": 0.0})
+    with config.unlocked():
+        for layer in config.model.layers.values():
+            layer.update(weight_std=0.05 if layer.kind == "conv" else 0.1, bias=0.1)
+        config.update_from_flattened_dict(changes)
+    return config
 
 
 @pytest.fixture

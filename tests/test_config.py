@@ -23,7 +23,8 @@ def load(name: str, scale: str) -> ConfigDict:
 def test_a_run_reads_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a study with a config that notes which of its fields are asked for by name."""
     config = base.get_config("embedded")
-    config.update_from_flattened_dict(TINY | {"train.epochs": 0.004})
+    config.update_from_flattened_dict(TINY | {"train.epochs": 0.004, "eval.every_epochs": 0.001})
+    config.update_from_flattened_dict({"optim.learning_rate": 1e-9, "optim.stall.evaluations": 1})  # it stalls
     config.model.layers.conv2.then = ("activation", "lrn", "spatial_lrn", "max_pool")
     config.lock()
     read: set[str] = set()
