@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# PyTorch, an oracle of the tests, is gigabytes on most machines: LOCKS="requirements.lock requirements-torch.lock"
+LOCKS ?= requirements.lock
 
 .PHONY: run test check lock
 
@@ -20,7 +22,7 @@ lock:
 	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --no-header --no-annotate \
 		--output-file requirements.lock
 
-$(VENV)/installed: requirements.lock
+$(VENV)/installed: $(LOCKS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --requirement requirements.lock
+	$(BIN)/python -m pip install $(addprefix --requirement ,$(LOCKS))
 	touch $@

@@ -21,6 +21,11 @@ class Checkpoints:
         self._directory = directory.absolute()
         self._manager = ocp.CheckpointManager(
             self._directory,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "progress": ocp.JsonCheckpointHandler(),
+                "checksums": ocp.JsonCheckpointHandler(),
+            },
             # In the background the arrays would be read while the next step reuses their memory.
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False),
         )

@@ -15,6 +15,7 @@ the towers stand side by side, as in a grouped convolution.
 
 import contextlib
 import json
+import logging
 import os
 import pickle
 import sys
@@ -349,7 +350,7 @@ def _read_pth(path: Path) -> tuple[Arrays, dict[str, Any]]:
         import torch
     except ImportError:
         raise ValueError(
-            f"{path}: PyTorch reads .pth files; pip install torch, or save it as .safetensors where there is one"
+            f"{path}: PyTorch reads .pth files; pip install "alexnet-jax[torch]", or save it as .safetensors where there is one"
         ) from None
     state = torch.load(path, map_location="cpu", weights_only=True)
     return {key: tensor.numpy() for key, tensor in state.items()}, _read_beside(path)
@@ -410,6 +411,7 @@ def main(argv: list[str]) -> None:
     """Converts, and says how the pixels are to be prepared."""
     if len(argv) != 3:
         raise app.UsageError("say what to read and what to write: SOURCE TARGET")
+    logging.getLogger().setLevel(logging.ERROR)  # Orbax says a lot
     study = config_lib.FLAG.value
     try:
         config = None if study is None else config_lib.run_config(study, next(iter(study.arms)), 0)

@@ -5,8 +5,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # What one test or one of its commands has compiled, the others need not.
@@ -68,7 +69,7 @@ def reduced(name: str, **changes: Any) -> ConfigDict:
     config = net_config(name, **small, **{"model.dropout.rate": 0.0})
     with config.unlocked():
         for layer in config.model.layers.values():
-            layer.update(weight_std=0.05 if layer.kind == "conv" else 0.1, bias=0.1)
+            layer.update(weight_std=0.2, bias=0.1)
         config.update_from_flattened_dict(changes)
     return config
 
@@ -76,6 +77,14 @@ def reduced(name: str, **changes: Any) -> ConfigDict:
 @pytest.fixture
 def tiny() -> ConfigDict:
     return run_config(**TINY)
+
+
+@pytest.fixture
+def quickly_compiled() -> Iterator[None]:
+    """For functions that are called once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def command(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -99,6 +108,16 @@ def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[s
         text=True,
         check=False,
     )
+
+
+@pytest.fixture(scope="session")
+def torch() -> ModuleType:
+    """PyTorch, an oracle that not every machine has room for."""
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        absent = pytest.fail if "CI" in os.environ else pytest.skip
+        absent("PyTorch is what this is held against: pip install --requirement requirements-torch.lock")
 
 
 @pytest.fixture(scope="session")

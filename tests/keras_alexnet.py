@@ -71,7 +71,7 @@ def logits_loss_and_gradients(
     """Logits, mean cross-entropy and its gradients, by layer: (kernel, bias)."""
 
     def loss(variables):
-        logits, _ = net.stateless_call(variables, [], images)
+        logits, _ = net.stateless_call(variables, [state.value for state in net.non_trainable_variables], images)
         return keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True).mean(), logits
 
     variables = [variable.value for variable in net.trainable_variables]

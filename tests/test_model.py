@@ -11,6 +11,8 @@ from alexnet_jax.data import DataSet
 from alexnet_jax.evaluate import per_image
 from alexnet_jax.towers import AXIS
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 PARAMETERS = {
     "conv1": 34_944,
     "conv2": 307_456,
@@ -78,18 +80,6 @@ def test_maps_of_the_papers_net(window: int) -> None:
         "fc7": (2048,),
         "fc8": (500,),
     }
-
-
-def test_initial_weights_and_biases_are_the_papers() -> None:
-    """Section 5: normal with sd 0.01; biases 1 in conv2, conv4, conv5, fc6, fc7, else 0."""
-    config = run_config("imagenet2012")
-    params = model.init(config.model, 1000, (224, 224, 3), jax.random.key(0))
-    for name, layer in params.items():
-        kernel = np.asarray(layer["kernel"])
-        assert abs(kernel.mean()) < 5 * 0.01 / kernel.size**0.5
-        assert abs(kernel.std() / 0.01 - 1) < 5 / (2 * kernel.size) ** 0.5
-        assert not np.array_equal(kernel[0], kernel[1])
-        assert (layer["bias"] == (1 if name in ("conv2", "conv4", "conv5", "fc6", "fc7") else 0)).all()
 
 
 @pytest.mark.parametrize(("scale", "classes", "channels"), [("embedded", 10, 1), ("imagenet2012", 1000, 3)])

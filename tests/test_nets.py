@@ -12,6 +12,8 @@ from alexnet_jax.evaluate import per_image
 from alexnet_jax.optim import KERNEL
 from alexnet_jax.towers import AXIS, Executor
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 MILLION = 10**6
 PAPERS_MAPS = (21_632, 4_608, 2_048, 2_048, 500)  # what a tower gives away before conv3, fc6, fc7, fc8; the logits
 
@@ -113,20 +115,19 @@ def images_of(config, batch: int) -> np.ndarray:
     return np.random.default_rng(0).normal(0, 50, (batch, size, size, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize("executor", ["vmap", "pmap"])
-@pytest.mark.parametrize("name", NETS)
-def test_every_net_is_the_one_in_pytorch(name: str, executor: str) -> None:
+ON_DEVICES = [(name, "vmap") for name in NETS] + [(name, "pmap") for name in ("code2012", "caffenet", "no_crossing")]
+
+
+@pytest.mark.parametrize(("name", "executor"), ON_DEVICES)
+def test_every_net_is_the_one_in_pytorch(name: str, executor: str, torch) -> None:
     """Logits and all gradients, with the same weights; every operation and constant, with few features."""
-    torch = pytest.importorskip("torch", reason="PyTorch is the oracle: pip install torch")
     import torch_alexnet
 
     # A larger alpha makes the normalisations count.
     config = reduced(name, **{"model.lrn.alpha": 1e-3, "model.lrn.spatial.alpha": 1e-3})
-    towers = Executor(executor, config.model.towers) if config.model.towers == 2 or executor == "vmap" else None
-    if towers is None:
-        pytest.skip("one tower: there is nothing to map over two devices")
+    towers = Executor(executor, config.model.towers)
     classes, images, labels = 10, images_of(config, 3), np.array([3, 1, 9])
-    params = model.init(config.model, classes, images.shape[1:], jax.random.key(0))
+    params = jax.jit(lambda: model.init(config.model, classes, images.shape[1:], jax.random.key(0)))()
     net = model.AlexNet(config.model, classes)
 
     def tower(own):
@@ -174,7 +175,7 @@ def test_the_seeds_nets_are_its_keras_models(name: str, fc6: int, fc7: int) -> N
 
     config = net_config(name)
     images = images_of(config, 2)
-    params = model.init(config.model, 1000, (224, 224, 3), jax.random.key(0))
+    params = jax.jit(lambda: model.init(config.model, 1000, (224, 224, 3), jax.random.key(0)))()
     for layer in net.layers:
         if layer.name in params:  # its own initial weights are drawn as ours are
             ours = np.asarray(params[layer.name][KERNEL])
@@ -223,8 +224,7 @@ def test_initial_values_are_those_of_the_source(name: str) -> None:
         np.testing.assert_allclose(params[layer]["bias"], bias, rtol=1e-6)
 
 
-def test_torchvisions_initial_values_are_pytorchs() -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch is the oracle: pip install torch")
+def test_torchvisions_initial_values_are_pytorchs(torch) -> None:
     config = net_config("torchvision")
     torch.manual_seed(0)
     theirs = torch.nn.Conv2d(192, 384, 3)
