@@ -350,7 +350,7 @@ def _read_pth(path: Path) -> tuple[Arrays, dict[str, Any]]:
         import torch
     except ImportError:
         raise ValueError(
-            f"{path}: PyTorch reads .pth files; pip install "alexnet-jax[torch]", or save it as .safetensors where there is one"
+            f"{path}: PyTorch reads .pth files; pip install torch, or save it as .safetensors where it is"
         ) from None
     state = torch.load(path, map_location="cpu", weights_only=True)
     return {key: tensor.numpy() for key, tensor in state.items()}, _read_beside(path)

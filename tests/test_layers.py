@@ -58,3 +58,26 @@ def test_both_poolings_of_the_paper_give_the_same_map(size: int, pooled: int) ->
 def test_a_window_larger_than_the_map_is_refused() -> None:
     with pytest.raises(ValueError, match=r"window of 3x3 does not fit a map of 2x5: use larger images"):
         layers.max_pool(jnp.zeros((1, 2, 5, 1)), window=3, stride=2, ceil=False)
+
+
+@pytest.mark.parametrize(("size", "pooled"), [(32, 16), (16, 8), (8, 4), (24, 12), (12, 6), (6, 3), (55, 27), (13, 6)])
+def test_a_last_window_may_hang_over_the_edge(size: int, pooled: int) -> None:
+    """cuda-convnet's maps of 32 and 24 pixels; no difference to the paper's own."""
+    x = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
+    tops = range(0, 2 * pooled, 2)
+    pieces = [[x[:, i : i + 3, j : j + 3] for j in tops] for i in tops]
+    for pool, reduce in ((layers.max_pool, np.max), (layers.avg_pool, np.mean)):
+        expected = np.stack([np.stack([reduce(piece, (1, 2)) for piece in row], 1) for row in pieces], 1)
+        np.testing.assert_allclose(pool(x, window=3, stride=2, ceil=True), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [3, 5])
+def test_spatial_lrn_is_its_formula(window: int) -> None:
+    x = np.random.default_rng(0).normal(size=(2, 6, 7, 3)).astype(np.float32)
+    half = window // 2
+    expected = np.zeros_like(x)
+    for i, j in np.ndindex(6, 7):
+        around = x[:, max(0, i - half) : i + half + 1, max(0, j - half) : j + half + 1]
+        expected[:, i, j] = x[:, i, j] / (1.5 + 0.3 * (around**2).sum((1, 2))) ** 0.75
+    normalised = layers.spatial_lrn(jnp.array(x), window=window, k=1.5, alpha=0.3, beta=0.75)
+    np.testing.assert_allclose(normalised, expected, rtol=1e-5)

@@ -123,9 +123,13 @@ def test_nets_that_share_a_layer_start_from_the_same_weights_there() -> None:
     assert one["conv4"]["kernel"].shape != two["conv4"]["kernel"].shape
 
 
-def test_dropout_masks_in_training_and_halves_in_testing() -> None:
-    """Section 4.2, with a net that is one dropout: half of the outputs are 0, the others are left as they are."""
-    changes = {"model.order": ("fc6", "fc8"), "model.layers.fc6.then": ("dropout",)}
+@pytest.mark.parametrize(("inverted", "kept", "tested"), [(False, 3.0, 1.5), (True, 6.0, 3.0)])
+def test_dropout_masks_in_training_and_halves_in_testing(inverted: bool, kept: float, tested: float) -> None:
+    """Section 4.2, with a net that is one dropout: half of the outputs are 0, the others are left as they are.
+
+    Inverted, as others have it, they are doubled in training and left as they are in testing.
+    """
+    changes = {"model.order": ("fc6", "fc8"), "model.layers.fc6.then": ("dropout",), "model.dropout.inverted": inverted}
     config = run_config(**changes).model
     params = model.init(config, 4, (2, 2, 1), jax.random.key(0))
     eye = jnp.concatenate([jnp.eye(256)[:, :128][None], jnp.eye(256)[:, 128:][None]])
@@ -141,9 +145,9 @@ def test_dropout_masks_in_training_and_halves_in_testing() -> None:
 
         return jax.vmap(tower, axis_name=AXIS, out_axes=None)(params, jnp.arange(2))
 
-    assert (outputs(train=False) == 1.5).all()
+    assert (outputs(train=False) == tested).all()
     masked = outputs(train=True)
-    assert set(np.unique(masked)) == {0.0, 3.0}
+    assert set(np.unique(masked)) == {0.0, kept}
     assert 0.47 < (masked == 0).mean() < 0.53
 
 
@@ -168,7 +172,16 @@ def test_a_net_that_does_not_fit_its_images_is_refused(changes: dict, message: s
         ("model.lrn.k", 1.0, True),
         ("model.lrn.alpha", 0.1, True),
         ("model.lrn.beta", 0.5, True),
+        ("model.lrn.crosses", True, True),
+        ("model.lrn.spatial.window", 3, True),
+        ("model.lrn.spatial.k", 2.0, True),
+        ("model.lrn.spatial.alpha", 0.1, True),
+        ("model.lrn.spatial.beta", 0.5, True),
         ("model.pool.window", 2, True),
+        ("model.init", "uniform", True),
+        ("model.layers.conv2.bias_std", 0.5, True),
+        ("model.layers.conv4.kind", "local", False),
+        ("model.layers.conv1.then", ("activation", "lrn", "avg_pool"), True),
         ("model.layers.conv1.then", ("activation", "max_pool", "lrn"), True),
         ("model.layers.conv3.crosses", False, False),
         ("model.layers.conv2.padding", (1, 3), True),
@@ -177,14 +190,15 @@ def test_a_net_that_does_not_fit_its_images_is_refused(changes: dict, message: s
     ],
 )
 def test_a_field_changes_the_function_and_only_some_the_parameters(key, value, same_parameters) -> None:
-    config, changed = run_config().model, run_config(**{key: value}).model
+    everything = {"model.layers.conv2.then": ("activation", "lrn", "spatial_lrn", "max_pool"), "model.lrn.alpha": 0.01}
+    config, changed = (run_config(**everything | change).model for change in ({}, {key: value}))
     images = jnp.array(np.random.default_rng(0).normal(size=(2, 23, 23, 1)))
 
     def logits_and_shapes(config) -> tuple[np.ndarray, dict]:
-        params = model.init(config, 10, (23, 23, 1), jax.random.key(0))
+        params = jax.jit(lambda: model.init(config, 10, (23, 23, 1), jax.random.key(0)))()
         net = model.AlexNet(config, 10)
         forward = jax.vmap(lambda p: net.apply({"params": p}, images, train=False), axis_name=AXIS, out_axes=None)
-        return np.asarray(forward(params)), jax.tree.map(jnp.shape, params)
+        return np.asarray(jax.jit(forward)(params)), jax.tree.map(jnp.shape, params)
 
     one, shapes = logits_and_shapes(config)
     other, changed_shapes = logits_and_shapes(changed)

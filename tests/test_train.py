@@ -139,6 +139,51 @@ def test_a_killed_command_goes_on_bit_equal_when_given_again(tmp_path: Path) -> 
     chex.assert_trees_all_equal(restored[0][0], restored[1][0])
 
 
+def test_a_stall_cuts_the_rate_and_is_part_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation every two steps, none with a lower error than the first: a cut at the third and the fifth."""
+    changes = {
+        "eval.every_epochs": 0.002,
+        "optim.learning_rate": 1e-6,
+        "optim.stall.evaluations": 2,
+        "train.log_every": 1,
+    }
+    config = run_config(**TINY | changes)
+    progress = logs.Logs.progress
+
+    def stop_at_seven(self: logs.Logs, step: int) -> None:
+        progress(self, step)
+        if step == 7:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logs.Logs, "progress", stop_at_seven)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(config, tmp_path / "pieces")
+    train.train_and_evaluate(config, tmp_path / "pieces")
+    train.train_and_evaluate(config, tmp_path / "whole")
+    assert_same_run(config, tmp_path / "pieces", tmp_path / "whole")
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "pieces") if "learning_rate" in line]
+    np.testing.assert_allclose(rates, [1e-6] * 6 + [1e-7] * 4 + [1e-8] * 2, rtol=1e-5)
+
+
+def test_a_frozen_layer_stops_at_its_epoch() -> None:
+    """In the compiled step, which decides by its number: from step 9 on, with 1,000 steps an epoch."""
+    changes = {"model.layers.conv1.freeze_epoch": 0.008, "optim.momentum": 0.0}
+    config = run_config(**TINY | changes)
+    dataset, _ = train.prepare(config)
+    executor = Executor("vmap", 2)
+    run_step = train.train_step(config, dataset, executor)
+    batch = next(train.data.train_batches(dataset, config, seed=0, start=0, stop=1))
+    moved = []
+    for step in (8, 9):
+        state = train.init_state(config, dataset)
+        before = jax.device_get(state.params)
+        after = jax.device_get(run_step(state, batch, np.uint32(0), np.int32(step), np.int32(0)).params)
+        moved.append({name: not np.array_equal(before[name]["kernel"], after[name]["kernel"]) for name in before})
+    assert all(moved[0].values())
+    assert moved[1] == {name: name != "conv1" for name in moved[1]}
+
+
 def test_a_finished_run_is_not_run_again(whole: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "train_step", None)
     before = sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*"))
