@@ -147,7 +147,7 @@ def test_a_study_that_is_not_there_is_one_clear_line(arguments: list[str], messa
         ("model.order", ("conv1", "conv1", "fc8"), "each once"),
         ("model.layers.conv2.features", 63, "a multiple of model.towers=2"),
         ("model.layers.fc8.features", 10, "None, one for each class"),
-        ("model.layers.conv1.then", ("relu",), "activation, lrn, max_pool, dropout"),
+        ("model.layers.conv1.then", ("relu",), "activation, lrn, spatial_lrn, max_pool, avg_pool, dropout"),
         ("model.layers.conv1.padding", (1,), "pixels before and after"),
         ("model.dropout.rate", 1.0, "from 0 to less than 1"),
         ("data.crop", 29, "from 1 to data.image_size=28"),

@@ -1,0 +1,75 @@
+"""How much the logits depend on the image before training: python experiments/initialisation/measure.py
+
+Writes results.csv beside it and prints the table. Some minutes; `--seeds=1` for a first look.
+"""
+
+import argparse
+import importlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from alexnet_jax import augment, model
+from alexnet_jax.config import run_config
+from alexnet_jax.towers import AXIS
+
+NETS = {
+    "paper": ("paper", 1.0),
+    "code2012": ("code2012", 1.0),
+    "caffe_alexnet": ("caffe_alexnet", 1.0),
+    "paper, pixels / 58": ("paper", 58.0),
+    "code2012, pixels / 58": ("code2012", 58.0),
+}
+IMAGES = 16
+
+
+def photo_like(size: int) -> np.ndarray:
+    """Noise whose amplitudes fall as 1/f, as those of photographs do: uint8 (images, size, size, 3)."""
+    generator = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size))
+    frequency[0, 0] = 1 / size
+    spectrum = np.fft.fft2(generator.normal(size=(IMAGES, 3, size, size))) / frequency
+    noise = np.fft.ifft2(spectrum).real
+    grey, colour = noise.mean(1, keepdims=True), noise - noise.mean(1, keepdims=True)
+    mixed = grey / grey.std((2, 3), keepdims=True) + 0.3 * colour / colour.std((2, 3), keepdims=True)
+    return np.clip(120 + 60 * mixed, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def dependence(name: str, divisor: float, seed: int) -> float:
+    """The logits' standard deviation over images, mean of all units, over the logits' root mean square."""
+    config = run_config(importlib.import_module(f"configs.nets.{name}").get_config(), "base", 0)
+    with config.unlocked():
+        config.data.std = (divisor,)
+    images = augment.centre_views(photo_like(config.data.image_size), config.data)
+    net = model.AlexNet(config.model, 1000)
+
+    @jax.jit
+    def logits(seed: jax.Array) -> jax.Array:
+        params = model.init(config.model, 1000, images.shape[1:], jax.random.key(seed))
+        return jax.vmap(lambda own: net.apply({"params": own}, images, train=False), axis_name=AXIS, out_axes=None)(
+            params
+        )
+
+    values = np.asarray(logits(seed), np.float64)
+    return float(values.std(0).mean() / np.sqrt((values**2).mean()))
+
+
+def main() -> None:
+    """Measures every net with every seed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=5)
+    seeds = range(parser.parse_args().seeds)
+    rows = []
+    for label, (name, divisor) in NETS.items():
+        values = [dependence(name, divisor, seed) for seed in seeds]
+        rows += [{"net": label, "seed": seed, "dependence": value} for seed, value in zip(seeds, values, strict=True)]
+        half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else float("nan")
+        print(f"{label:24s} {np.mean(values):.5f} +- {half:.5f} (n={len(values)})", flush=True)
+    pd.DataFrame(rows).to_csv(Path(__file__).with_name("results.csv"), index=False)
+
+
+if __name__ == "__main__":
+    main()
