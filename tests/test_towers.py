@@ -82,7 +82,7 @@ def test_the_tests_run_on_two_devices() -> None:
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_vmap_and_pmap_agree_in_loss_gradients_and_state_with_dropout_on(scale: str) -> None:
-    config = run_config(scale, **{"optim.learning_rate": 1e-3})
+    config = run_config(scale, **WELL_CONDITIONED if scale == "imagenet2012" else {}, **{"optim.learning_rate": 1e-3})
     assert config.model.dropout.rate == 0.5
     pairs = zip(*(run_steps(executor, config, scale, 3, 4) for executor in ("vmap", "pmap")), strict=True)
     for number, (one_device, two_devices) in enumerate(pairs, 1):
@@ -204,14 +204,14 @@ dataset, executor = train.prepare(config)
 assert executor.name == "pmap"
 step = train.train_step(config, dataset, executor)
 state = executor.place(train.init_state(config, dataset))
-for number, batch in enumerate(data.train_batches(dataset, config, seed=0, start=0, stop=3000), 1):
+for number, batch in enumerate(data.train_batches(dataset, config, seed=0, start=0, stop=2000), 1):
     state = step(state, batch, np.uint32(0), np.int32(number), np.int32(0))
 print("steps", int(state.sums["images"][0]) // config.train.batch_size)
 """
 
 
 @pytest.mark.slow
-def test_three_thousand_steps_on_a_busy_machine_never_stop() -> None:
+def test_two_thousand_steps_on_a_busy_machine_never_stop() -> None:
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         done = run_script(SOAK)
@@ -220,7 +220,7 @@ def test_three_thousand_steps_on_a_busy_machine_never_stop() -> None:
             process.kill()
             process.wait()
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "steps 3000\n"
+    assert done.stdout == "steps 2000\n"
 
 
 LOST = """
