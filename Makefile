@@ -1,8 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# PyTorch, an oracle of the tests, is gigabytes on most machines: LOCKS="requirements.lock requirements-torch.lock"
-LOCKS ?= requirements.lock
 
 .PHONY: run test check lock
 
@@ -22,7 +20,7 @@ lock:
 	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --no-header --no-annotate \
 		--output-file requirements.lock
 
-$(VENV)/installed: $(LOCKS)
+$(VENV)/installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(addprefix --requirement ,$(LOCKS))
+	$(BIN)/python -m pip install --requirement requirements.lock
 	touch $@

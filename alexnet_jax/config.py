@@ -95,6 +95,11 @@ def run_config(study: ConfigDict, arm: str, seed: int) -> ConfigDict:
     return config
 
 
+def reference_run(study: ConfigDict) -> ConfigDict:
+    """The config of the run of the first arm with seed 0: the net that a config file is of."""
+    return run_config(study, next(iter(study.arms)), 0)
+
+
 def validate(config: ConfigDict) -> None:
     """Checks every value of a run's config that can be checked without data and devices.
 

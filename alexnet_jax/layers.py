@@ -20,10 +20,7 @@ def lrn(x: jax.Array, *, n: int, k: float, alpha: float, beta: float) -> jax.Arr
       x: activations (..., channels) of one tower; its neighbour's channels do not count.
       n: width of the window, in channels.
     """
-    window = (1,) * (x.ndim - 1) + (n,)
-    padding = ((0, 0),) * (x.ndim - 1) + ((n // 2, (n - 1) // 2),)
-    squares = lax.reduce_window(x * x, 0.0, lax.add, window, (1,) * x.ndim, padding)
-    return x * (k + alpha * squares) ** -beta
+    return _normalise(x, (1,) * (x.ndim - 1) + (n,), k, alpha, beta)
 
 
 def spatial_lrn(x: jax.Array, *, window: int, k: float, alpha: float, beta: float) -> jax.Array:
@@ -36,9 +33,13 @@ def spatial_lrn(x: jax.Array, *, window: int, k: float, alpha: float, beta: floa
       x: activations (batch, height, width, channels).
       window: height and width, in pixels.
     """
-    before, after = window // 2, (window - 1) // 2
-    padding = ((0, 0), (before, after), (before, after), (0, 0))
-    squares = lax.reduce_window(x * x, 0.0, lax.add, (1, window, window, 1), (1, 1, 1, 1), padding)
+    return _normalise(x, (1, window, window, 1), k, alpha, beta)
+
+
+def _normalise(x: jax.Array, window: tuple[int, ...], k: float, alpha: float, beta: float) -> jax.Array:
+    """Divided by a power of the squares in a window, a width for each axis, that is centred on each value."""
+    padding = [(width // 2, (width - 1) // 2) for width in window]
+    squares = lax.reduce_window(x * x, 0.0, lax.add, window, (1,) * x.ndim, padding)
     return x * (k + alpha * squares) ** -beta
 
 

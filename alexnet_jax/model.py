@@ -73,7 +73,8 @@ class AlexNet(nn.Module):
             return layer.weight_std * draw(key, shape, dtype)
 
         def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-            return layer.bias + layer.bias_std * draw(key, shape, dtype)
+            spread = layer.bias_std * draw(key, shape, dtype) if layer.bias_std else jnp.zeros(shape, dtype)
+            return layer.bias + spread
 
         if layer.kind == "dense":
             dense = nn.Dense(share, kernel_init=kernel_init, bias_init=bias_init, name=name)

@@ -19,13 +19,17 @@ def reached(epoch: float, step: jax.typing.ArrayLike, steps_per_epoch: float) ->
     return jnp.asarray(step) >= round(epoch * steps_per_epoch)
 
 
-def learning_rate(config: ConfigDict, step: jax.typing.ArrayLike, steps_per_epoch: float) -> jax.Array:
+def learning_rate(
+    config: ConfigDict, step: jax.typing.ArrayLike, steps_per_epoch: float, stalls: jax.typing.ArrayLike = 0
+) -> jax.Array:
     """The rate at a step, counted from 0, of a parameter that nothing special is said of.
 
     Args:
       config: the ``optim`` section: ``learning_rate`` is divided by ``cut_divisor`` at each of ``cut_epochs``.
+      stalls: how often the error has stalled (``Stall.cuts``): it is divided by ``cut_divisor`` that often, too.
     """
-    return config.learning_rate * _cuts(config.cut_epochs, config.cut_divisor, step, steps_per_epoch)
+    cuts = _cuts(config.cut_epochs, config.cut_divisor, step, steps_per_epoch)
+    return _stalled(config, stalls) * cuts
 
 
 def learning_rates(
@@ -40,14 +44,14 @@ def learning_rates(
     Args:
       config: the ``optim`` section.
       layers: ``model.layers``, which may cut earlier or later than the others, and freeze.
-      stalls: how often the error has stalled (``Stall.cuts``); each divides all rates by ``cut_divisor``.
+      stalls: as for ``learning_rate``; it divides all rates.
     """
 
     def cuts(epochs: tuple[float, ...], divisor: float) -> jax.Array:
         return _cuts(epochs, divisor, step, steps_per_epoch)
 
     biases = config.biases
-    base = config.learning_rate * jnp.float32(config.cut_divisor) ** -jnp.asarray(stalls)
+    base = _stalled(config, stalls)
     bias_cuts = cuts(_own(biases.cut_epochs, config.cut_epochs), _own(biases.cut_divisor, config.cut_divisor))
     rates = {}
     for name, layer in layers.items():
@@ -108,6 +112,10 @@ class Stall:
         if 0 < config.evaluations <= self.evaluations + 1 and self.cuts < config.cuts:
             return dataclasses.replace(self, evaluations=0, cuts=self.cuts + 1)
         return dataclasses.replace(self, evaluations=self.evaluations + 1)
+
+
+def _stalled(config: ConfigDict, stalls: jax.typing.ArrayLike) -> jax.Array:
+    return config.learning_rate * jnp.float32(config.cut_divisor) ** -jnp.asarray(stalls)
 
 
 def _cuts(epochs: tuple[float, ...], divisor: float, step: jax.typing.ArrayLike, steps_per_epoch: float) -> jax.Array:

@@ -1,22 +1,34 @@
 """The JSON files of a run's folder: config, data set, environment, metrics and, once it is finished, its result."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes the whole file or nothing, and makes its folder."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write a file to, which becomes ``path`` once it is whole, or is deleted; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the whole file or nothing, and makes its folder."""
+    with whole(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -147,8 +147,7 @@ def main(argv: list[str]) -> None:
     """Prints the table of the flags' config."""
     if len(argv) > 1 or config_lib.FLAG.value is None:
         raise app.UsageError("say which net: --config=configs/nets/paper.py")
-    study = config_lib.FLAG.value
-    run = config_lib.run_config(study, next(iter(study.arms)), 0)
+    run = config_lib.reference_run(config_lib.FLAG.value)
     classes = _CLASSES.value or (1000 if run.data.name == "imagenet2012" else 10)
     channels = _CHANNELS.value or (1 if run.data.name == "mnist5k" else 3)
     try:

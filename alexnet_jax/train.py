@@ -134,7 +134,6 @@ def save_start(config: ConfigDict, classes: int, params: Any, workdir: Path) -> 
     """
     if workdir.exists():
         raise ValueError(f"{workdir}: is there already; name a new folder, or delete it")
-    records.check_config(workdir, as_json(config))
     records.write_json(workdir / "config.json", as_json(config))
     records.write_json(workdir / "dataset.json", {"classes": classes})
     with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
@@ -190,8 +189,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                 last = step == steps
                 if last or step % config.train.log_every == 0:
                     with clock.paused(state):
-                        rate = optim.learning_rate(config.optim, step - 1, epoch)
-                        rate /= config.optim.cut_divisor**progress.stall.cuts
+                        rate = optim.learning_rate(config.optim, step - 1, epoch, progress.stall.cuts)
                         metrics = _means(state, step) | {"learning_rate": float(rate)}
                         progress.metrics |= logs.write(step, {"epoch": step / epoch, **metrics, **clock.lap()})
                         state = state.replace(sums=executor.place(no_sums(config.model.towers)))

@@ -13,14 +13,11 @@ SOURCE or TARGET is, by its name:
 the towers stand side by side, as in a grouped convolution.
 """
 
-import contextlib
 import json
 import logging
-import os
 import pickle
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -183,7 +180,7 @@ def read_file(path: Path, config: ConfigDict) -> Weights:
         raise ValueError(f"{path}: must end in one of {', '.join(_READERS)}, or be a run's folder")
     try:
         arrays, about = _READERS[path.suffix](path)
-    except (OSError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{path}: cannot be read: {error}") from error
     layout = _LAYOUTS[path.suffix]
     keys = layout.keys(config.model)
@@ -191,21 +188,21 @@ def read_file(path: Path, config: ConfigDict) -> Weights:
         if key not in arrays:
             raise ValueError(f"{path}: has no {key}, which the net needs; it has {', '.join(arrays)}")
     first, head = (keys[config.model.order[position]] for position in (0, -1))
-    needed = _shapes(config, arrays[first[KERNEL]].size, arrays[head[BIAS]].size)
+    shapes = _shapes(config, arrays[first[KERNEL]].size, arrays[head[BIAS]].size)
+    needed = _encoded(layout, shapes, config.model)
     params: Params = {}
     for layer, kinds in keys.items():
-        kernel, bias = (arrays[kinds[kind]] for kind in (KERNEL, BIAS))
-        fits = {KERNEL: layout.encode(needed[layer][KERNEL], layer, config.model), BIAS: needed[layer][BIAS]}
-        for kind, array in ((KERNEL, kernel), (BIAS, bias)):
-            if array.shape != fits[kind].shape:
+        for key in kinds.values():
+            if arrays[key].shape != needed[key].shape:
                 raise ValueError(
-                    f"{path}: {kinds[kind]} has shape {array.shape}, and {layer} needs {fits[kind].shape}: "
+                    f"{path}: {key} has shape {arrays[key].shape}, and {layer} needs {needed[key].shape}: "
                     "is --config the net that the file is of?"
                 )
-        params[layer] = {KERNEL: layout.decode(kernel, layer, config.model), BIAS: bias}
-    with config.unlocked():
-        for field in about.keys() & {"mean", "std"}:
-            config.data[field] = tuple(about[field][:: -1 if about["channels"] == "BGR" else 1])
+        kernel = layout.decode(arrays[kinds[KERNEL]], layer, config.model)
+        params[layer] = {KERNEL: kernel, BIAS: arrays[kinds[BIAS]]}
+    config = config.copy_and_resolve_references()
+    for field in about.keys() & {"mean", "std"}:
+        config.data[field] = tuple(about[field][:: -1 if about["channels"] == "BGR" else 1])
     return from_grouped(config, params)
 
 
@@ -216,14 +213,8 @@ def write_file(path: Path, weights: Weights) -> None:
       ValueError: the layout has no such net.
     """
     layout, config = _LAYOUTS[path.suffix], weights.config
-    params = grouped(weights)
-    arrays = {
-        name: np.ascontiguousarray(
-            layout.encode(params[layer][kind], layer, config.model) if kind == KERNEL else params[layer][kind]
-        )
-        for layer, kinds in layout.keys(config.model).items()
-        for kind, name in kinds.items()
-    }
+    encoded = _encoded(layout, grouped(weights), config.model)
+    arrays = {key: np.ascontiguousarray(array) for key, array in encoded.items()}
     order = -1 if layout.channels == "BGR" else 1
     about = {
         "channels": layout.channels,
@@ -232,7 +223,7 @@ def write_file(path: Path, weights: Weights) -> None:
         "std": list(config.data.std)[::order],
         "crop": config.data.crop,
     }
-    with _whole(path) as unfinished:
+    with records.whole(path) as unfinished:
         if path.suffix == ".safetensors":
             metadata = {key: json.dumps(value) for key, value in about.items()}
             safetensors.numpy.save_file(arrays, unfinished, metadata)
@@ -243,6 +234,15 @@ def write_file(path: Path, weights: Weights) -> None:
         with unfinished.open("wb") as file:
             np.save(file, np.array(by_layer, dtype=object), allow_pickle=True)
     records.write_json(_beside(path), about)
+
+
+def _encoded(layout: Layout, params: Params, config: ConfigDict) -> Arrays:
+    """Grouped parameters as another program has them, by its keys."""
+    return {
+        key: layout.encode(params[layer][kind], layer, config) if kind == KERNEL else params[layer][kind]
+        for layer, kinds in layout.keys(config).items()
+        for kind, key in kinds.items()
+    }
 
 
 def export(weights: Weights) -> bytes:
@@ -368,15 +368,6 @@ def _read_beside(path: Path) -> dict[str, Any]:
     return records.read_json(_beside(path)) or {}
 
 
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name to write to; the file gets its own when it is finished."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        unfinished = Path(folder) / path.name
-        yield unfinished
-        os.replace(unfinished, path)
-
-
 def convert(source: Path, target: Path, config: ConfigDict | None = None) -> Weights:
     """Reads one kind of file or run and writes another; see the head of this file.
 
@@ -400,7 +391,7 @@ def convert(source: Path, target: Path, config: ConfigDict | None = None) -> Wei
     if target.suffix in (".npy", ".safetensors"):
         write_file(target, weights)
     elif target.suffix == ".stablehlo":
-        with _whole(target) as unfinished:
+        with records.whole(target) as unfinished:
             unfinished.write_bytes(export(weights))
     else:
         train.save_start(weights.config, weights.classes, weights.params, target)
@@ -414,7 +405,7 @@ def main(argv: list[str]) -> None:
     logging.getLogger().setLevel(logging.ERROR)  # Orbax says a lot
     study = config_lib.FLAG.value
     try:
-        config = None if study is None else config_lib.run_config(study, next(iter(study.arms)), 0)
+        config = None if study is None else config_lib.reference_run(study)
         weights = convert(Path(argv[1]), Path(argv[2]), config)
     except ValueError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")

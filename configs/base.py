@@ -35,7 +35,7 @@ def conv(
       bias: mean of the initial biases.
       then: what follows, in order: of "activation", "lrn", "spatial_lrn", "max_pool", "avg_pool" and "dropout".
     """
-    return ConfigDict({"kind": "conv", **locals()} | _unlike_the_others())
+    return ConfigDict({"kind": "conv", **locals()} | _of_its_own())
 
 
 def dense(
@@ -47,10 +47,10 @@ def dense(
     then: tuple[str, ...] = ("activation", "dropout"),
 ) -> ConfigDict:
     """A fully connected layer; arguments as for `conv`."""
-    return ConfigDict({"kind": "dense", **locals()} | _unlike_the_others())
+    return ConfigDict({"kind": "dense", **locals()} | _of_its_own())
 
 
-def _unlike_the_others() -> dict[str, object]:
+def _of_its_own() -> dict[str, object]:
     """What a layer may have of its own; None is what the other layers have."""
     return {
         "bias_std": 0.0,  # standard deviation of the initial biases

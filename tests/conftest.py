@@ -60,7 +60,7 @@ def net_config(name: str, **changes: Any) -> ConfigDict:
     """The config of a run of one of configs/nets/; changes have dotted keys."""
     net = importlib.import_module(f"configs.nets.{name}").get_config()
     net.update_from_flattened_dict(changes)
-    return config_lib.run_config(net, "base", 0)
+    return config_lib.reference_run(net)
 
 
 def reduced(name: str, **changes: Any) -> ConfigDict:

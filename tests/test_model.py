@@ -86,7 +86,7 @@ def test_maps_of_the_papers_net(window: int) -> None:
 def test_initial_loss_is_that_of_guessing(scale: str, classes: int, channels: int) -> None:
     config = run_config(scale)
     dataset = DataSet([None] * 1000, [], classes, channels)
-    params = train.init_state(config, dataset).params
+    params = jax.jit(lambda: train.init_state(config, dataset).params)()
     generator = np.random.default_rng(0)
     images = generator.normal(0, 70 / config.data.std[0], (8, config.data.crop, config.data.crop, channels))
     net = model.AlexNet(config.model, classes)

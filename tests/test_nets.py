@@ -222,6 +222,7 @@ def test_initial_values_are_those_of_the_source(name: str) -> None:
         assert abs(kernel.std() / deviation - 1) < 5 / (2 * kernel.size) ** 0.5
         assert abs(kernel.mean()) < 5 * deviation / kernel.size**0.5
         np.testing.assert_allclose(params[layer]["bias"], bias, rtol=1e-6)
+        assert config.model.towers == 1 or not np.array_equal(kernel[0], kernel[1])
 
 
 def test_torchvisions_initial_values_are_pytorchs(torch) -> None:

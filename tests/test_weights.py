@@ -10,8 +10,10 @@ import jax.export
 import numpy as np
 import pytest
 from conftest import TINY, command, reduced, run_config, run_script
+from ml_collections import ConfigDict
 
 from alexnet_jax import checkpoint, model, records, train, weights
+from alexnet_jax import config as config_lib
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -115,6 +117,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> 
         (b"", "it is no .npy file"),
         (np.zeros(3), "it holds an array of float64"),
         (np.array([1], dtype=object), "not a dictionary of layers"),
+        (np.array({"conv1": 3}, dtype=object), "cannot be read: "),
     ],
 )
 def test_a_file_of_something_else_says_what(tmp_path: Path, content, message: str) -> None:
@@ -296,28 +299,29 @@ def test_a_checkpoint_moves_between_two_devices_and_one(trained: Path, tmp_path:
     """Where there is one device, a run of two goes on there; the towers' axis stays the same."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    (run / "result.json").unlink()
-    (run / "config.json").unlink()
+
+    def longer(epochs: float) -> ConfigDict:
+        """The run as one that is to go on."""
+        (run / "result.json").unlink()
+        (run / "config.json").unlink()
+        return run_config(**TINY | {"train.epochs": epochs})
+
+    config = longer(0.014)
     script = f"""
 from pathlib import Path
-from conftest import TINY, run_config
 import jax
 jax.config.update("jax_num_cpu_devices", 1)
-from alexnet_jax import train, weights
-weights.convert(Path({str(run)!r}), Path({str(tmp_path / "one.npy")!r}), None)
-train.train_and_evaluate(run_config(**TINY | {{"train.epochs": 0.014}}), {str(run)!r})
+from alexnet_jax import config, train, weights
+weights.convert(Path({str(trained)!r}), Path({str(tmp_path / "one.npy")!r}))
+train.train_and_evaluate(config.from_json({config_lib.as_json(config)!r}), {str(run)!r})
 """
-    (run / "config.json").write_text((trained / "config.json").read_text())
-    script = script.replace("\ntrain.", f"\nPath({str(run / 'config.json')!r}).unlink()\ntrain.")
     done = run_script(script, HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     weights.convert(trained, tmp_path / "two.npy")
     assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "two.npy").read_bytes()
-    assert "vmap on cpu:0: from step 12 to 14" in (run / "train.log").read_text().replace("TFRT_CPU_0", "cpu:0")
+    assert "vmap on cpu:0: from step 12 to 14" in (run / "train.log").read_text()
     # ... and what one device saved, two go on with.
-    (run / "result.json").unlink()
-    (run / "config.json").unlink()
-    train.train_and_evaluate(run_config(**TINY | {"train.epochs": 0.016}), run)
+    train.train_and_evaluate(longer(0.016), run)
     assert "pmap on cpu:0, cpu:1: from step 14 to 16" in (run / "train.log").read_text()
 
 

@@ -1,6 +1,6 @@
 """How much the logits depend on the image before training: python experiments/initialisation/measure.py
 
-Writes results.csv beside it and prints the table. Some minutes; `--seeds=1` for a first look.
+Writes results.csv beside it and prints the table; `--seeds=1` for a first look.
 """
 
 import argparse
@@ -10,10 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from alexnet_jax import augment, model
-from alexnet_jax.config import run_config
+from alexnet_jax import augment, model, report
+from alexnet_jax.config import reference_run
 from alexnet_jax.towers import AXIS
 
 NETS = {
@@ -38,9 +37,9 @@ def photo_like(size: int) -> np.ndarray:
     return np.clip(120 + 60 * mixed, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def dependence(name: str, divisor: float, seed: int) -> float:
-    """The logits' standard deviation over images, mean of all units, over the logits' root mean square."""
-    config = run_config(importlib.import_module(f"configs.nets.{name}").get_config(), "base", 0)
+def dependence(name: str, divisor: float, seeds: range) -> list[float]:
+    """The logits' standard deviation over images, mean of all units, over their root mean square, for each seed."""
+    config = reference_run(importlib.import_module(f"configs.nets.{name}").get_config())
     with config.unlocked():
         config.data.std = (divisor,)
     images = augment.centre_views(photo_like(config.data.image_size), config.data)
@@ -53,8 +52,8 @@ def dependence(name: str, divisor: float, seed: int) -> float:
             params
         )
 
-    values = np.asarray(logits(seed), np.float64)
-    return float(values.std(0).mean() / np.sqrt((values**2).mean()))
+    every = [np.asarray(logits(seed), np.float64) for seed in seeds]
+    return [float(values.std(0).mean() / np.sqrt((values**2).mean())) for values in every]
 
 
 def main() -> None:
@@ -62,13 +61,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=5)
     seeds = range(parser.parse_args().seeds)
-    rows = []
-    for label, (name, divisor) in NETS.items():
-        values = [dependence(name, divisor, seed) for seed in seeds]
-        rows += [{"net": label, "seed": seed, "dependence": value} for seed, value in zip(seeds, values, strict=True)]
-        half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else float("nan")
-        print(f"{label:24s} {np.mean(values):.5f} +- {half:.5f} (n={len(values)})", flush=True)
-    pd.DataFrame(rows).to_csv(Path(__file__).with_name("results.csv"), index=False)
+    rows = [
+        {"net": label, "seed": seed, "dependence": value}
+        for label, (name, divisor) in NETS.items()
+        for seed, value in zip(seeds, dependence(name, divisor, seeds), strict=True)
+    ]
+    measured = pd.DataFrame(rows)
+    measured.to_csv(Path(__file__).with_name("results.csv"), index=False)
+    print(report.compare(measured.rename(columns={"net": "arm"}), "dependence")[["n", "mean", "low", "high"]])
 
 
 if __name__ == "__main__":
