@@ -1,54 +1,94 @@
-"""What happens to a batch of images inside the jitted step: crops, flips, colour noise, and the input's scale."""
+"""What happens to a batch of images inside the jitted step: views, colour noise, the mean, the input's scale."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from alexnet_jax.pixels import Pixels
 
-def random_views(
-    images: jax.Array, config: ConfigDict, key: jax.Array, colours: jax.typing.ArrayLike = True
-) -> jax.Array:
-    """Training input (paper, section 4.1): random crops, horizontal flips and colour noise, drawn anew for each image.
+
+class View(NamedTuple):
+    """A square of an image. Each field is one number, or one for each image of a batch.
+
+    Attributes:
+      top: of its first row, in pixels.
+      left: of its first column, in pixels.
+      flipped: whether left and right change places.
+    """
+
+    top: jax.typing.ArrayLike
+    left: jax.typing.ArrayLike
+    flipped: jax.typing.ArrayLike
+
+
+def evaluation_views(count: int, image_size: int, crop: int) -> list[View]:
+    """The views that are averaged at test time (paper, section 4.1).
 
     Args:
-      images: (batch, height, width, channels) of uint8.
+      count: 1, the centre; or 10, the four corners and the centre, and then the mirror images of the five.
+    """
+    border = image_size - crop
+    centre = View(border // 2, border // 2, False)
+    if count == 1:
+        return [centre]
+    five = [*(View(top, left, False) for top in (0, border) for left in (0, border)), centre]
+    return five + [view._replace(flipped=True) for view in five]
+
+
+def inputs(images: jax.Array, view: View, config: ConfigDict, pixels: Pixels) -> jax.Array:
+    """A view of each image, less the mean, divided by ``std``.
+
+    Args:
+      images: (batch, image_size, image_size, channels) of uint8.
       config: the ``data`` section of a config.
-      colours: whether there is colour noise (yet).
 
     Returns:
       (batch, config.crop, config.crop, channels) of float32.
     """
+    return _centred(images, view, config, pixels) / jnp.array(config.std)
+
+
+def random_inputs(
+    images: jax.Array, config: ConfigDict, pixels: Pixels, key: jax.Array, colours: jax.typing.ArrayLike = True
+) -> jax.Array:
+    """Training input (paper, section 4.1): random crops, horizontal flips and colour noise, drawn anew for each image.
+
+    Args:
+      colours: whether there is colour noise (yet).
+
+    The other arguments and the result are as for ``inputs``.
+    """
     crop_key, flip_key, colour_key = jax.random.split(key, 3)
-    batch, height, width, channels = images.shape
-    size, chunk = config.crop, config.augment.chunk
+    batch, height, width, _ = images.shape
+    chunk = config.augment.chunk
     draws = -(-batch // chunk)
+
+    def for_chunks(values: jax.Array) -> jax.Array:
+        return values.repeat(chunk, axis=0)[:batch]
+
+    (view,) = evaluation_views(1, config.image_size, config.crop)
     if config.augment.random_crop:
-        limits = jnp.array([height - size + 1, width - size + 1])
-        corners = jax.random.randint(crop_key, (draws, 2), 0, limits).repeat(chunk, axis=0)[:batch]
-
-        def cut(image: jax.Array, corner: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (size, size, channels))
-
-        views = jax.vmap(cut)(images, corners)
-    else:
-        views = _centre(images, size)
+        limits = jnp.array([height - config.crop + 1, width - config.crop + 1])
+        top, left = for_chunks(jax.random.randint(crop_key, (draws, 2), 0, limits)).T
+        view = view._replace(top=top, left=left)
     if config.augment.flip:
-        flipped = jax.random.bernoulli(flip_key, shape=(draws, 1, 1, 1)).repeat(chunk, axis=0)[:batch]
-        views = jnp.where(flipped, views[:, :, ::-1], views)
-    views = views.astype(jnp.float32) - jnp.array(config.mean)
+        view = view._replace(flipped=for_chunks(jax.random.bernoulli(flip_key, shape=(draws,))))
+    views = _centred(images, view, config, pixels)
     colour = config.augment.colour
     if colour.noise:
-        noise = colour_noise(colour, colour_key, batch)[:, None, None, :]
+        noise = colour_noise(colour, pixels, colour_key, batch)[:, None, None, :]
         noisy = (views + noise) / (1 + colour.noise if colour.shrink else 1)
         views = jnp.where(colours, noisy, views)
     return views / jnp.array(config.std)
 
 
-def colour_noise(config: ConfigDict, key: jax.Array, batch: int) -> jax.Array:
+def colour_noise(config: ConfigDict, pixels: Pixels, key: jax.Array, batch: int) -> jax.Array:
     """What is added to all pixels of an image: normal along each principal axis of the colours.
 
-    The paper's text (section 4.1) multiplies the normal number by the axis's eigenvalue, which depends on the unit;
-    its code by the square root, the standard deviation, as here.
+    The paper's text (section 4.1) multiplies the normal number by the axis's eigenvalue, a variance, which depends on
+    the unit; its code by the square root.
 
     Args:
       config: ``data.augment.colour``.
@@ -56,15 +96,26 @@ def colour_noise(config: ConfigDict, key: jax.Array, batch: int) -> jax.Array:
     Returns:
       (batch, 3) grey levels.
     """
-    shares = config.noise * jax.random.normal(key, (batch, len(config.stds)))
-    return (shares * jnp.array(config.stds)) @ jnp.array(config.axes)
+    scales = jnp.array(pixels.deviations)
+    if config.eigenvalue_unit is not None:
+        scales = (scales / config.eigenvalue_unit) ** 2 * config.eigenvalue_unit
+    return (config.noise * jax.random.normal(key, (batch, 3)) * scales) @ jnp.array(pixels.axes)
 
 
-def centre_views(images: jax.Array, config: ConfigDict) -> jax.Array:
-    """Evaluation input: the centre crop of each image; arguments and result as for ``random_views``."""
-    return (_centre(images, config.crop).astype(jnp.float32) - jnp.array(config.mean)) / jnp.array(config.std)
+def _centred(images: jax.Array, view: View, config: ConfigDict, pixels: Pixels) -> jax.Array:
+    """The views of the images, less the mean."""
+    batch, *_, channels = images.shape
+    size = (config.crop, config.crop, channels)
+    means = jnp.array(pixels.mean)
+    (centre,) = evaluation_views(1, config.image_size, config.crop)
+    central = jax.lax.dynamic_slice(means, (centre.top, centre.left, 0), size)
 
+    def cut(image: jax.Array, top: jax.Array, left: jax.Array, flipped: jax.Array) -> jax.Array:
+        def seen(whole: jax.Array) -> jax.Array:
+            square = jax.lax.dynamic_slice(whole, (top, left, 0), size)
+            return jnp.where(flipped, square[:, ::-1], square)
 
-def _centre(images: jax.Array, size: int) -> jax.Array:
-    top, left = ((side - size) // 2 for side in images.shape[1:3])
-    return images[:, top : top + size, left : left + size]
+        # The 2012 code takes the centre of the mean image from every view; a uniform mean has the same everywhere.
+        return seen(image).astype(jnp.float32) - (seen(means) if config.subtract == "mean_image" else central)
+
+    return jax.vmap(cut)(images, *(jnp.broadcast_to(jnp.array(field), batch) for field in view))

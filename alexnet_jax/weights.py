@@ -19,7 +19,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.export
@@ -30,28 +30,14 @@ import safetensors.numpy
 from absl import app
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, model, records, train
+from alexnet_jax import augment, model, pixels, records, train
 from alexnet_jax import config as config_lib
-from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.checkpoint import Weights, read_run
 from alexnet_jax.optim import BIAS, KERNEL
 from alexnet_jax.towers import AXIS
 
 Params = dict[str, dict[str, Any]]
 Arrays = dict[str, np.ndarray]
-
-
-class Weights(NamedTuple):
-    """A net with its weights.
-
-    Attributes:
-      config: of a run; ``data.mean`` and ``data.std`` are what these weights want, per channel (RGB) in grey levels.
-      classes: that it tells apart.
-      params: by layer, then ``"kernel"`` and ``"bias"``, each with a leading tower axis.
-    """
-
-    config: ConfigDict
-    classes: int
-    params: Params
 
 
 def grouped(weights: Weights) -> Params:
@@ -73,23 +59,6 @@ def from_grouped(config: ConfigDict, params: Params) -> Weights:
         return np.stack(np.split(filled, towers, axis=-1))
 
     return Weights(config, classes, jax.tree.map(split, params))
-
-
-def read_run(workdir: Path) -> Weights:
-    """The latest checkpoint of a run, whichever devices it was trained on.
-
-    Raises:
-      ValueError: there is no checkpoint, or it is damaged.
-    """
-    config, dataset = (records.read_json(workdir / name) for name in ("config.json", "dataset.json"))
-    if config is None or dataset is None or not (workdir / "checkpoints").is_dir():
-        raise ValueError(f"{workdir}: is no run's folder; that has config.json, dataset.json and checkpoints")
-    run = config_lib.from_json(config)
-    with Checkpoints(workdir / "checkpoints", run.train.keep_checkpoints) as checkpoints:
-        restored = checkpoints.restore()
-    if restored is None:
-        raise ValueError(f"{workdir}: has no checkpoint yet")
-    return Weights(run, dataset["classes"], jax.device_get(restored[0]["params"]))
 
 
 class Layout(Protocol):
@@ -168,7 +137,7 @@ def _channels(layer: str, inputs: int, config: ConfigDict) -> int:
 def read_file(path: Path, config: ConfigDict) -> Weights:
     """The weights in another program's file.
 
-    Mean and standard deviation of the pixels are those that ``write_file`` left there, else the config's.
+    Mean and scale of the pixels are those that ``write_file`` left there, else the config's.
 
     Args:
       config: of a run: which net it is.
@@ -201,25 +170,40 @@ def read_file(path: Path, config: ConfigDict) -> Weights:
         kernel = layout.decode(arrays[kinds[KERNEL]], layer, config.model)
         params[layer] = {KERNEL: kernel, BIAS: arrays[kinds[BIAS]]}
     config = config.copy_and_resolve_references()
-    for field in about.keys() & {"mean", "std"}:
-        config.data[field] = tuple(about[field][:: -1 if about["channels"] == "BGR" else 1])
-    return from_grouped(config, params)
+    order = -1 if about.get("channels") == "BGR" else 1
+    if "std" in about:
+        config.data.std = tuple(about["std"][::order])
+    seen = None
+    if isinstance(about.get("mean"), str):
+        seen = pixels.read(path.with_name(about["mean"]))
+        config.data.subtract = about["subtract"]
+    elif "mean" in about:
+        config.data.update(subtract="mean", mean=tuple(about["mean"][::order]))
+    return from_grouped(config, params)._replace(pixels=seen)
 
 
 def write_file(path: Path, weights: Weights) -> None:
     """Writes ``.npy`` or ``.safetensors``; how pixels are to be prepared goes into it, or beside a ``.npy``.
 
+    A mean image goes into a file of its own, ``.pixels.npz``, as ``alexnet_jax.pixels`` writes it.
+
     Raises:
-      ValueError: the layout has no such net.
+      ValueError: the layout has no such net, or the mean of the pixels is not known.
     """
     layout, config = _LAYOUTS[path.suffix], weights.config
     encoded = _encoded(layout, grouped(weights), config.model)
     arrays = {key: np.ascontiguousarray(array) for key, array in encoded.items()}
     order = -1 if layout.channels == "BGR" else 1
+    seen = weights.known_pixels()
+    mean: list[float] | str = seen.mean[0, 0, ::order].tolist()
+    if np.ptp(seen.mean, axis=(0, 1)).any():
+        mean = f"{path.name}.pixels.npz"
+        pixels.write(path.with_name(mean), seen)
     about = {
         "channels": layout.channels,
         "pixels": "0 to 255, minus mean, divided by std",
-        "mean": list(config.data.mean)[::order],
+        "subtract": config.data.subtract,
+        "mean": mean,
         "std": list(config.data.std)[::order],
         "crop": config.data.crop,
     }
@@ -261,12 +245,20 @@ def export(weights: Weights) -> bytes:
 
 
 def forward(weights: Weights) -> Callable[[jax.Array], Any]:
-    """The function from uint8 images (batch, height, width, channels) to logits of their centre crops."""
-    config = weights.config
+    """The function from uint8 images (batch, crop, crop, channels), which are centre crops, to logits.
+
+    Raises:
+      ValueError: the mean of the pixels is not known.
+    """
+    config, seen = weights.config.copy_and_resolve_references(), weights.known_pixels()
     net = model.AlexNet(config.model, weights.classes)
+    crop = config.data.crop
+    (centre,) = augment.evaluation_views(1, config.data.image_size, crop)
+    seen = seen._replace(mean=seen.mean[centre.top : centre.top + crop, centre.left : centre.left + crop])
+    config.data.image_size = crop
 
     def logits(images: jax.Array) -> Any:
-        views = augment.centre_views(images, config.data)
+        views = augment.inputs(images, augment.View(0, 0, False), config.data, seen)
         apply = jax.vmap(
             lambda params: net.apply({"params": params}, views, train=False), axis_name=AXIS, out_axes=None
         )
@@ -341,7 +333,7 @@ def _read_npy(path: Path) -> tuple[Arrays, dict[str, Any]]:
 def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
     with safetensors.safe_open(path, "numpy") as file:
         metadata = file.metadata() or {}
-        about = {key: json.loads(metadata[key]) for key in ("channels", "mean", "std") if key in metadata}
+        about = {key: json.loads(metadata[key]) for key in ("channels", "subtract", "mean", "std") if key in metadata}
         return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118, it is no dict
 
 
@@ -394,7 +386,7 @@ def convert(source: Path, target: Path, config: ConfigDict | None = None) -> Wei
         with records.whole(target) as unfinished:
             unfinished.write_bytes(export(weights))
     else:
-        train.save_start(weights.config, weights.classes, weights.params, target)
+        train.save_start(weights, target)
     return weights
 
 
@@ -412,7 +404,8 @@ def main(argv: list[str]) -> None:
     data = weights.config.data
     print(
         f"{argv[2]}: {model.count_parameters(weights.params):,} parameters, for {data.crop}x{data.crop} pixels of "
-        f"0 to 255 minus {data.mean}, divided by {data.std} (red, green, blue)"
+        f"0 to 255 minus {data.mean if data.subtract == 'mean' else data.subtract.replace('_', ' ')}, "
+        f"divided by {data.std} (red, green, blue)"
     )
 
 

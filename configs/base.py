@@ -109,27 +109,31 @@ def get_config(scale: str = "imagenet2012", among: Iterable[str] = scales.SCALES
     config.model.dropout.inverted = False  # True: the rest is scaled up in training, instead of all down in testing
 
     config.data = ConfigDict()
-    config.data.name = "imagenet2012"  # "mnist5k", which is embedded, or a data set prepared with TFDS
-    config.data.data_dir = ""  # where TFDS looks; empty: TFDS's own default
+    config.data.name = "imagenet2012"  # "mnist5k", which is embedded, or what alexnet_jax.prepare or TFDS has prepared
+    config.data.data_dir = ""  # where data sets are; empty: TFDS's own default
     config.data.train_split = "train"
     config.data.eval_split = "validation"  # the errors reported are on this split
+    # What decides on cuts of the rate (optim.stall). Empty: every so-manieth training image, not trained on then.
+    config.data.validation_split = ""
+    config.data.validation_every = 20
     config.data.image_size = 256  # pixels: shorter side scaled to it, then the central square, section 2
     config.data.crop = 224  # pixels: side of the squares the net sees, section 4.1
-    config.data.mean = (122.7, 116.7, 104.0)  # subtracted; grey levels of 0-255, per channel
+    # "mean_image" of the training images, section 2; "central_mean_image": its centre wherever the crop is, as in the
+    # 2012 code; "mean_pixel", one for each channel; or "mean", the one below.
+    config.data.subtract = "mean_image"
+    config.data.mean = (0.0,)  # grey levels of 0-255, per channel or for all
     config.data.std = (1.0,)  # divides after that, per channel or all; the paper leaves the pixels as they are
-    config.data.augment = ConfigDict()  # training only, section 4.1; evaluation sees the centre crop
+    config.data.augment = ConfigDict()  # training only, section 4.1
     config.data.augment.random_crop = True
     config.data.augment.flip = True
     config.data.augment.chunk = 1  # images in a row that are cropped and flipped alike
-    # Noise along the principal axes of the pixels' colours: a normal number of this deviation, times the axis's own.
+    # Noise along the principal axes of the training images' colours: a normal number of this deviation, times the
+    # axis's standard deviation, as in the 2012 code.
     config.data.augment.colour = ConfigDict()
     config.data.augment.colour.noise = 0.1  # 0 is off
-    config.data.augment.colour.stds = (121.780, 37.094, 19.721)  # grey levels; of ImageNet, from cuda-convnet2
-    config.data.augment.colour.axes = (  # a unit vector (red, green, blue) for each of them
-        (-0.5635, -0.5762, -0.5920),
-        (-0.7126, -0.0235, 0.7012),
-        (0.4180, -0.8170, 0.3973),
-    )
+    # Times the axis's eigenvalue, as in the paper's text, when colours are measured in this many grey levels: 255 makes
+    # them 0 to 1. None: times the standard deviation, which has no such choice.
+    config.data.augment.colour.eigenvalue_unit = placeholder(float)
     config.data.augment.colour.shrink = False  # whether the image is then divided by 1 + noise
     config.data.augment.colour.until_epoch = placeholder(float)  # when it ends; None: never
     config.data.threads = 2  # that decode images
@@ -163,6 +167,7 @@ def get_config(scale: str = "imagenet2012", among: Iterable[str] = scales.SCALES
 
     config.eval = ConfigDict()
     config.eval.batch_size = 250
+    config.eval.views = 1  # the centre crop; or 10: corners, centre and their mirror images, averaged, section 4.1
     config.eval.every_epochs = 1.0
 
     # A study runs every arm with every seed. An arm is what it changes of the above; the first is the reference.

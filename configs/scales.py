@@ -44,6 +44,7 @@ EMBEDDED = {
         "eval_split": "test",
         "image_size": 28,
         "crop": 23,
+        "subtract": "mean",
         "mean": (33.4,),
         "std": (79.0,),
         "augment": {"flip": False, "colour": {"noise": 0.0}},  # a mirrored digit is another sign; and it is grey
@@ -58,9 +59,7 @@ CIFAR10 = {
         "eval_split": "test",
         "image_size": 32,
         "crop": 23,
-        "mean": (125.3, 123.0, 113.9),
         "std": (63.0,),
-        "augment": {"colour": {"noise": 0.0}},  # its colours' axes are not ImageNet's
     },
     "optim": {"learning_rate": 0.01, "cut_epochs": (24.0, 28.0)},
     "train": {"batch_size": 64, "epochs": 30.0, "log_every": 100, "checkpoint_every": 1000},

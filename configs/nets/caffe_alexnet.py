@@ -22,7 +22,13 @@ DIFFERENCE = {
         "pool": {"ceil": True},
         "dropout": {"inverted": True},
     },
-    "data": {"crop": 227, "augment": {"colour": {"noise": 0.0}}},
+    # Its training subtracts a mean image, whoever uses its weights that image's mean pixel.
+    "data": {
+        "crop": 227,
+        "subtract": "mean",
+        "mean": (122.7, 116.7, 104.0),
+        "augment": {"colour": {"noise": 0.0}},
+    },
     "optim": {"biases": {"rate": 2.0, "decay": 0.0}, "cut_epochs": (20.0, 40.0, 60.0, 80.0)},  # every 100,000 steps
     "train": {"batch_size": 256},  # 450,000 steps, 90 epochs
 }

@@ -30,6 +30,7 @@ def get_config(scale: str = "cifar10") -> ConfigDict:
             "data": {"crop": 24, "augment": {"random_crop": True, "flip": True}},
             "optim": {"cut_epochs": (500.0, 510.0)},
             "train": {"epochs": 520.0},
+            "eval": {"views": 10},
         }
     )
     return config

@@ -27,7 +27,12 @@ def get_config(scale: str = "cifar10") -> ConfigDict:
     config.update(
         {
             "model": {"order": tuple(layers), "towers": 1, "pool": {"ceil": True}},
-            "data": {"crop": 32, "std": (1.0,), "augment": {"random_crop": False, "flip": False}},
+            "data": {
+                "subtract": "central_mean_image",
+                "crop": 32,
+                "std": (1.0,),
+                "augment": {"random_crop": False, "flip": False, "colour": {"noise": 0.0}},
+            },
             "optim": {
                 "learning_rate": 0.001,
                 "weight_decay": 0.004,

@@ -26,6 +26,7 @@ DIFFERENCE = {
         "pool": {"ceil": True},
     },
     "data": {
+        "subtract": "central_mean_image",
         "augment": {
             "chunk": 32,
             "colour": {"shrink": True, "until_epoch": 68.0},

@@ -22,7 +22,7 @@ DIFFERENCE = {
         "lrn": {"alpha": 2e-5},
         "pool": {"ceil": True},
     },
-    "data": {"augment": {"colour": {"shrink": True}}},
+    "data": {"subtract": "central_mean_image", "augment": {"colour": {"shrink": True}}},
     # Four steps down to a 250th; the biases' two steps to a tenth.
     "optim": {
         "cut_epochs": (EPOCHS / 4, EPOCHS / 2, EPOCHS * 3 / 4),

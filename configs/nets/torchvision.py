@@ -32,6 +32,7 @@ DIFFERENCE = {
         "dropout": {"inverted": True},
     },
     "data": {
+        "subtract": "mean",
         "mean": (123.675, 116.28, 103.53),
         "std": (58.395, 57.12, 57.375),
         "augment": {"colour": {"noise": 0.0}},
