@@ -144,7 +144,7 @@ def example_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
     Raises:
       ValueError: it is not of images that have one class each.
     """
-    features = builder.info.features
+    features = dict(builder.info.features.items())
     image, label = builder.info.supervised_keys or ("image", "label")
     if (
         not isinstance(features.get(image), tfds.features.Image)

@@ -95,9 +95,13 @@ def plot_curves(curves: pd.DataFrame, metric: str) -> Figure:
     return figure
 
 
-def print_table(runs: pd.DataFrame) -> None:
-    """Prints ``compare``, in percent."""
-    table = Table(title="top-1 error on held-out images, %", title_justify="left")
+def print_table(runs: pd.DataFrame, images: str = "held-out images") -> None:
+    """Prints ``compare``, in percent.
+
+    Args:
+      images: that the errors are of.
+    """
+    table = Table(title=f"top-1 error on {images}, %", title_justify="left")
     for heading in _HEADINGS:
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for row in _table_rows(runs):
@@ -111,7 +115,7 @@ def write(study: Path | str) -> None:
     runs = load_runs(study)
     records.write_text(study / "results.csv", runs.to_csv(index=False))
     records.write_text(study / "report.html", _page(study, runs, load_curves(study)))
-    print_table(runs)
+    print_table(runs, _described(study)["reported"])
     for status, count in runs["status"].value_counts().items():
         if status != "finished":
             print(f"{count} run(s) {status}: the study's command goes on with them")
@@ -174,11 +178,10 @@ def _page(study: Path, runs: pd.DataFrame, curves: pd.DataFrame) -> str:
         [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]
         for row in finished.itertuples(index=False)
     ]
-    configs = [config for folder in folders if (config := records.read_json(folder / "config.json"))]
-    data = ", ".join(sorted({config["data"]["name"] for config in configs}))
     return _PAGE.format(
         title=html.escape(described["name"]),
-        summary=html.escape(f"{len(finished)} of {len(runs)} runs finished; data set {data}."),
+        reported=html.escape(described["reported"]),
+        summary=html.escape(f"{len(finished)} of {len(runs)} runs finished."),
         comparison=_html_table(_HEADINGS, _table_rows(runs)),
         arms=_html_table(("arm", "what it changes"), arms),
         figures="\n".join(f"<figure>{figure}</figure>" for figure in figures),
@@ -226,7 +229,7 @@ pre {{ overflow-x: auto; }}
 </style>
 <h1>{title}</h1>
 <p>{summary}</p>
-<h2>Top-1 error on held-out images, %</h2>
+<h2>Top-1 error on {reported}, %</h2>
 <p>Mean over seeds with its 95 % interval (Student's t), and the difference to the first arm, paired by seed.
 An interval that contains 0 does not tell the arms apart.</p>
 {comparison}

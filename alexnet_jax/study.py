@@ -51,7 +51,9 @@ def run_study(config: ConfigDict, workdir: Path | str) -> None:
     for run in runs:
         records.check_config(run.workdir, as_json(run.config))
     arms = {arm: flatten(config.arms[arm]) for arm in config.arms}
-    records.write_json(workdir / "study.json", {"name": workdir.name, "arms": arms, "seeds": list(config.seeds)})
+    images = f"{config.data.name}, {config.data.eval_split}"
+    described = {"name": workdir.name, "arms": arms, "seeds": list(config.seeds), "reported": images}
+    records.write_json(workdir / "study.json", described)
     for run in runs:
         values = flatten(run.config)
         changed = {key: values[key] for keys in arms.values() for key in keys}

@@ -16,10 +16,13 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from alexnet_jax import augment
 from alexnet_jax import config as config_lib
+from alexnet_jax.pixels import Pixels
 from configs import base
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -45,6 +48,21 @@ def run_config(scale: str = "embedded", seed: int = 0, **changes: Any) -> Config
     for key, value in changes.items():
         study.update_from_flattened_dict({key: value})
     return config_lib.run_config(study, "base", seed)
+
+
+def any_pixels(config: ConfigDict, channels: int = 3) -> Pixels:
+    """A mean image and colours that vary, as if they had been measured."""
+    generator = np.random.default_rng(0)
+    size = config.data.image_size
+    mean = generator.uniform(90, 150, (size, size, channels)).astype(np.float32)
+    axes = np.linalg.qr(generator.normal(size=(channels, channels)))[0].astype(np.float32)
+    return Pixels(mean, np.float32([60, 30, 10][:channels]), axes)
+
+
+def centre_crops(images: np.ndarray, config: ConfigDict) -> jax.Array:
+    """What the net sees of images at test time, less ``any_pixels``' mean."""
+    (centre,) = augment.evaluation_views(1, config.data.image_size, config.data.crop)
+    return augment.inputs(images, centre, config.data, any_pixels(config, images.shape[-1]))
 
 
 NETS = sorted(path.stem for path in (REPOSITORY / "configs" / "nets").glob("*.py"))

@@ -61,7 +61,7 @@ def test_a_run_reads_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.undo()
     fields = {key for key in config_lib.flatten(config) if not key.startswith("arms")} | {"seed", "arms"}
     # The embedded set has no folder and no colours: test_data.py and test_augment.py have sets that do.
-    colour = {f"data.augment.colour.{field}" for field in ("stds", "axes", "shrink")}
+    colour = {f"data.augment.colour.{field}" for field in ("eigenvalue_unit", "shrink")}
     assert fields - read == {"data.data_dir"} | colour
 
 

@@ -91,7 +91,7 @@ def test_tensorboard_shows_the_runs_side_by_side_under_the_same_tags(tensorboard
     assert set(tags) == NAMES
     expected = {f"train/{name}" for name in ("loss", "top1_error", "top5_error")}
     expected |= {f"eval/{name}" for name in ("loss", "top1_error", "top5_error")}
-    expected |= {"epoch", "learning_rate", "images_per_second"}
+    expected |= {"epoch", "learning_rate", "images_per_second", "data/wait_fraction"}
     assert all(set(of_run) == expected for of_run in tags.values())
 
 

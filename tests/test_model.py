@@ -85,7 +85,7 @@ def test_maps_of_the_papers_net(window: int) -> None:
 @pytest.mark.parametrize(("scale", "classes", "channels"), [("embedded", 10, 1), ("imagenet2012", 1000, 3)])
 def test_initial_loss_is_that_of_guessing(scale: str, classes: int, channels: int) -> None:
     config = run_config(scale)
-    dataset = DataSet([None] * 1000, [], classes, channels)
+    dataset = DataSet([None] * 1000, None, [], range(classes), channels)
     params = jax.jit(lambda: train.init_state(config, dataset).params)()
     generator = np.random.default_rng(0)
     images = generator.normal(0, 70 / config.data.std[0], (8, config.data.crop, config.data.crop, channels))

@@ -22,12 +22,12 @@ def make_study(folder: Path, errors: dict[str, list[float]], seeds: int | None =
     count = seeds or max(len(values) for values in errors.values())
     arms = {arm: {} if arm == "lrn" else {"model.lrn.enabled": False} for arm in errors}
     folder.mkdir()
-    (folder / "study.json").write_text(json.dumps({"name": "lrn?", "arms": arms, "seeds": list(range(count))}))
+    described = {"name": "lrn?", "arms": arms, "seeds": list(range(count)), "reported": "mnist5k, test"}
+    (folder / "study.json").write_text(json.dumps(described))
     for arm, values in errors.items():
         for seed, error in enumerate(values):
             run = folder / arm / f"seed_{seed}"
             run.mkdir(parents=True)
-            (run / "config.json").write_text(json.dumps({"data": {"name": "mnist5k"}}))
             (run / "env.json").write_text(json.dumps({"jax": "0.0"}))
             records = [
                 {"step": step, "epoch": step / 10, "eval/top1_error": error / step, "eval/loss": 1.0} for step in (1, 2)

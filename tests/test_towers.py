@@ -10,10 +10,10 @@ import jax
 import keras_alexnet
 import numpy as np
 import pytest
-from conftest import command, run_config, run_script
+from conftest import any_pixels, centre_crops, command, run_config, run_script
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, model, train
+from alexnet_jax import model, train
 from alexnet_jax.data import DataSet
 from alexnet_jax.towers import Executor
 
@@ -40,7 +40,7 @@ PLAIN = {
 def noise_dataset(scale: str) -> DataSet:
     """A stand-in for a data set where only sizes matter."""
     classes, channels = (1000, 3) if scale == "imagenet2012" else (10, 1)
-    return DataSet([None] * 1000, [], classes, channels)
+    return DataSet([None] * 1000, None, [], range(classes), channels)
 
 
 def noise_batch(config: ConfigDict, dataset: DataSet, count: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -56,7 +56,7 @@ def run_steps(executor: str, config: ConfigDict, scale: str, steps: int, batch_s
     """The state after each step, on the host."""
     dataset = noise_dataset(scale)
     towers = Executor(executor, config.model.towers)
-    step = train.train_step(config, dataset, towers)
+    step = train.train_step(config, dataset, any_pixels(config, dataset.channels), towers)
     state = towers.place(train.init_state(config, dataset))
     for number in range(1, steps + 1):
         batch = noise_batch(config, dataset, batch_size, seed=number)
@@ -106,7 +106,7 @@ def test_the_towers_are_the_grouped_net_of_one_device(scale: str, executor: str)
     dataset = noise_dataset(scale)
     params = train.init_state(config, dataset).params
     batch = noise_batch(config, dataset, 2, seed=1)
-    images = augment.centre_views(batch["image"], config.data)
+    images = centre_crops(batch["image"], config)
 
     net = keras_alexnet.build(config, images.shape[1:], dataset.classes)
     keras_alexnet.set_weights(net, params)
@@ -152,7 +152,7 @@ def test_only_the_crossings_and_the_logits_exchange_anything() -> None:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=towers.sharding),
         jax.eval_shape(lambda: train.init_state(config, dataset)),
     )
-    step = train.train_step(config, dataset, towers).__wrapped__
+    step = train.train_step(config, dataset, any_pixels(config), towers).__wrapped__
     batch = noise_batch(config, dataset, batch_size)
     program = step.lower(state, batch, np.uint32(0), np.int32(1), np.int32(0)).compile().as_text()
 
@@ -197,14 +197,14 @@ SOAK = """
 from alexnet_jax import towers
 towers.ensure_host_devices(2)
 import numpy as np
-from conftest import run_config
-from alexnet_jax import data, train
+from conftest import any_pixels, run_config
+from alexnet_jax import batches, train
 config = run_config()
 dataset, executor = train.prepare(config)
 assert executor.name == "pmap"
-step = train.train_step(config, dataset, executor)
+step = train.train_step(config, dataset, any_pixels(config, 1), executor)
 state = executor.place(train.init_state(config, dataset))
-for number, batch in enumerate(data.train_batches(dataset, config, seed=0, start=0, stop=3000), 1):
+for number, batch in enumerate(batches.train_batches(dataset.train, config, seed=0, start=0, stop=3000), 1):
     state = step(state, batch, np.uint32(0), np.int32(number), np.int32(0))
 print("steps", int(state.sums["images"][0]) // config.train.batch_size)
 """

@@ -12,14 +12,15 @@ import chex
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, TINY, run_config
+from conftest import REPOSITORY, TINY, any_pixels, run_config
 from ml_collections import ConfigDict
 
 from alexnet_jax import logs, records, train
+from alexnet_jax.batches import train_batches
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.towers import Executor
 
-TIMES = {"images_per_second", "seconds"}
+TIMES = {"images_per_second", "seconds", "data/wait_fraction"}
 
 
 def final_state(config: ConfigDict, workdir: Path) -> train.State:
@@ -172,8 +173,8 @@ def test_a_frozen_layer_stops_at_its_epoch() -> None:
     config = run_config(**TINY | changes)
     dataset, _ = train.prepare(config)
     executor = Executor("vmap", 2)
-    run_step = train.train_step(config, dataset, executor)
-    batch = next(train.data.train_batches(dataset, config, seed=0, start=0, stop=1))
+    run_step = train.train_step(config, dataset, any_pixels(config, 1), executor)
+    batch = next(train_batches(dataset.train, config, seed=0, start=0, stop=1))
     moved = []
     for step in (8, 9):
         state = train.init_state(config, dataset)
@@ -238,6 +239,6 @@ def test_the_state_is_donated(tiny) -> None:
     dataset, _ = train.prepare(tiny)
     towers = Executor("pmap", 2)
     state = towers.place(train.init_state(tiny, dataset))
-    batch = next(train.data.train_batches(dataset, tiny, seed=0, start=0, stop=1))
-    train.train_step(tiny, dataset, towers)(state, batch, np.uint32(0), np.int32(1), np.int32(0))
+    batch = next(train_batches(dataset.train, tiny, seed=0, start=0, stop=1))
+    train.train_step(tiny, dataset, any_pixels(tiny, 1), towers)(state, batch, np.uint32(0), np.int32(1), np.int32(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))

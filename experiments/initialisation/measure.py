@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pandas as pd
 
-from alexnet_jax import augment, model, report
+from alexnet_jax import augment, model, pixels, report
 from alexnet_jax.config import reference_run
 from alexnet_jax.towers import AXIS
 
@@ -41,8 +41,10 @@ def dependence(name: str, divisor: float, seeds: range) -> list[float]:
     """The logits' standard deviation over images, mean of all units, over their root mean square, for each seed."""
     config = reference_run(importlib.import_module(f"configs.nets.{name}").get_config())
     with config.unlocked():
-        config.data.std = (divisor,)
-    images = augment.centre_views(photo_like(config.data.image_size), config.data)
+        config.data.update(subtract="mean", mean=(122.7, 116.7, 104.0), std=(divisor,))
+    (centre,) = augment.evaluation_views(1, config.data.image_size, config.data.crop)
+    seen = pixels.uniform(config.data, 3)
+    images = augment.inputs(photo_like(config.data.image_size), centre, config.data, seen)
     net = model.AlexNet(config.model, 1000)
 
     @jax.jit
