@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from alexnet_jax import augment
 from alexnet_jax import config as config_lib
@@ -149,6 +150,22 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[
     first = run()
     assert first.returncode == 0, first.stderr
     return folder, run
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of JPEGs of many sizes: train and val, cat (reddish) and dog (bluish), 20 and 5 of each."""
+    folder = tmp_path_factory.mktemp("pictures") / "photos"
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 5)):
+        for label, name in enumerate(("cat", "dog")):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                noise = generator.integers(0, 60, (8, 8, 3)) + np.array([[150, 60, 10], [10, 60, 150]])[label]
+                size = tuple(generator.integers(50, 90, 2).tolist())
+                picture = Image.fromarray(noise.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+                picture.save(folder / split / name / f"{number}.jpg")
+    return folder
 
 
 @pytest.fixture(scope="session")

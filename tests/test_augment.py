@@ -42,9 +42,7 @@ def test_a_random_view_is_a_crop_less_the_mean_or_the_mirror_of_one(
 ) -> None:
     """Less the mean's same crop, as section 2 has it; or its central crop, mirrored or not, as the 2012 code has it."""
     batch = images(5, size + border, 3)
-    config = data_config(
-        size + border, size, subtract=subtract, **{"augment.random_crop": True, "augment.flip": flip}
-    )
+    config = data_config(size + border, size, subtract=subtract, **{"augment.random_crop": True, "augment.flip": flip})
     mean, middle = seen(config).mean, slice(border // 2, border // 2 + size)
     for image, view in zip(batch, random_inputs(batch, config, seed), strict=True):
         squares = [(slice(i, i + size), slice(j, j + size)) for i in range(border + 1) for j in range(border + 1)]

@@ -1,126 +1,140 @@
-"""Batches are a function of (seed, step), and an epoch is every image once."""
+"""Data sets are found by name, whole, and with their held-out images apart."""
 
 import itertools
-import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, command, run_config
+from conftest import run_config
 
-from alexnet_jax import data
-
-
-class Numbered:
-    """Images that carry their own number."""
-
-    def __init__(self, count: int):
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, position: int) -> dict:
-        return {"image": np.full((28, 28, 1), position, np.uint8), "label": position}
+from alexnet_jax import data, originals, prepare
 
 
-def numbers(seed: int, start: int, stop: int, count: int = 10, batch_size: int = 4) -> list[list[int]]:
-    config = run_config(**{"train.batch_size": batch_size})
-    dataset = data.DataSet(Numbered(count), Numbered(count), 10, 1)
-    batches = list(data.train_batches(dataset, config, seed=seed, start=start, stop=stop))
-    for batch in batches:
-        assert batch["image"].dtype == np.uint8
-        assert (batch["image"][:, 0, 0, 0] == batch["label"]).all()
-    return [batch["label"].tolist() for batch in batches]
+def labels(source: data.Source) -> list[int]:
+    return [int(source[position]["label"]) for position in range(len(source))]
 
 
-def test_every_epoch_is_another_permutation_of_the_whole_set() -> None:
-    seen = list(itertools.chain(*numbers(seed=0, start=0, stop=10)))
-    epochs = [seen[i : i + 10] for i in range(0, 40, 10)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-
-
-def test_a_step_sees_the_same_images_wherever_the_run_began() -> None:
-    assert numbers(seed=1, start=3, stop=9) == numbers(seed=1, start=0, stop=12)[3:9]
-    assert numbers(seed=1, start=0, stop=3) != numbers(seed=2, start=0, stop=3)
-
-
-def test_evaluation_is_in_order_and_its_last_batch_is_masked() -> None:
-    config = run_config(**{"eval.batch_size": 4})
-    batches = list(data.eval_batches(data.DataSet(Numbered(4), Numbered(10), 10, 1), config))
-    assert [batch["label"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 0]]
-    assert [batch["mask"].tolist() for batch in batches] == [[True] * 4, [True] * 4, [True, True, False, False]]
+def contents(source: data.Source) -> set[bytes]:
+    return {source[position]["image"].tobytes() for position in range(len(source))}
 
 
 def test_embedded_set_keeps_its_held_out_images_to_itself() -> None:
     dataset = data.load(run_config().data)
-    assert (len(dataset.train), len(dataset.evaluation)) == (4000, 1000)
-
-    def images(source) -> set[bytes]:
-        return {source[i]["image"].tobytes() for i in range(len(source))}
-
-    assert not images(dataset.train) & images(dataset.evaluation)
+    assert (len(dataset.train), dataset.validation, len(dataset.evaluation)) == (4000, None, 1000)
+    assert (dataset.classes, dataset.channels) == (10, 1)
+    assert not contents(dataset.train) & contents(dataset.evaluation)
     for source, each in ((dataset.train, 400), (dataset.evaluation, 100)):
-        assert np.bincount([source[i]["label"] for i in range(len(source))]).tolist() == [each] * 10
+        assert np.bincount(labels(source)).tolist() == [each] * 10
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40), (64, 64), (8, 9)])
-def test_images_of_any_size_become_central_squares(height: int, width: int, channels: int) -> None:
-    """Half black, half white, with the border in the middle of the longer side: so it stays."""
-    image = np.zeros((height, width, channels), np.uint8)
-    if height > width:
-        image[height // 2 :] = 255
-    else:
-        image[:, width // 2 :] = 255
-    fitted = data._fit({"image": image, "label": 3}, 32)["image"]
-    assert fitted.shape == (32, 32, channels)
-    halves = fitted if height > width else fitted.swapaxes(0, 1)
-    assert halves[:10].max() < 10
-    assert halves[-10:].min() > 245
+def test_validation_is_split_off_train_where_it_is_needed() -> None:
+    """By a fixed rule: every twentieth; of the embedded set that is as many of each digit."""
+    config = run_config().data
+    whole, parts = data.load(config), data.load(config, validation=True)
+    assert (len(parts.train), len(parts.validation), len(parts.evaluation)) == (3800, 200, 1000)
+    assert np.bincount(labels(parts.validation)).tolist() == [20] * 10
+    for position in (0, 7, 199):
+        expected = whole.train[20 * position + 19]
+        np.testing.assert_array_equal(parts.validation[position]["image"], expected["image"])
+    assert not contents(parts.train) & contents(parts.validation)
+    assert contents(parts.train) | contents(parts.validation) == contents(whole.train)
 
 
-def test_images_of_the_right_size_are_left_alone() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    assert data._fit({"image": image, "label": 3}, 32)["image"] is image
+def test_the_config_can_name_another_validation_split() -> None:
+    dataset = data.load(run_config(**{"data.validation_split": "test"}).data, validation=True)
+    assert (len(dataset.train), len(dataset.validation)) == (4000, 1000)
+
+
+@pytest.fixture(scope="module")
+def prepared(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of data sets with ``photos``, 32 pixels wide."""
+    folder = tmp_path_factory.mktemp("data")
+    prepare.prepare(originals.folder(photos), 32, str(folder))
+    return folder
+
+
+def photos_config(folder: Path, **changes):
+    values = {"name": "photos", "data_dir": str(folder), "image_size": 32, "eval_split": "validation", **changes}
+    return run_config("cifar10", **{f"data.{key}": value for key, value in values.items()}).data
+
+
+def test_a_prepared_folder_is_read_by_its_name(prepared: Path) -> None:
+    dataset = data.load(photos_config(prepared))
+    assert (len(dataset.train), len(dataset.evaluation), dataset.channels) == (40, 10, 3)
+    assert list(dataset.class_names) == ["cat", "dog"]
+    assert np.bincount(labels(dataset.train)).tolist() == [20, 20]
+    assert dataset.train[0]["image"].shape == (32, 32, 3)
+    assert dataset.folder == prepared / "photos" / "32px" / "1.0.0"
+
+
+def test_slices_of_a_split_are_splits(prepared: Path) -> None:
+    dataset = data.load(photos_config(prepared, train_split="train[:75%]", eval_split="train[75%:]"))
+    assert (len(dataset.train), len(dataset.evaluation)) == (30, 10)
+    assert not contents(dataset.train) & contents(dataset.evaluation)
+
+
+def test_the_fingerprint_changes_with_the_training_images(prepared: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copy"
+    shutil.copytree(prepared, copied, copy_function=shutil.copy2)
+    config = photos_config(copied)
+    fingerprints = [
+        data.load(config).fingerprint,
+        data.load(config, validation=True).fingerprint,
+        data.load(photos_config(copied, train_split="train[:50%]")).fingerprint,
+    ]
+    assert data.load(photos_config(prepared)).fingerprint == fingerprints[0]
+    (shard,) = (copied / "photos" / "32px" / "1.0.0").glob("*train*")
+    shard.touch()
+    fingerprints.append(data.load(config).fingerprint)
+    assert all(one != other for one, other in itertools.combinations(fingerprints, 2))
+
+
+def test_a_set_of_which_files_are_missing_is_refused(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared, tmp_path / "copy")
+    (shard,) = (tmp_path / "copy" / "photos" / "32px" / "1.0.0").glob("*train*")
+    shard.unlink()
+    with pytest.raises(
+        ValueError, match=r"train.array_record-00000-of-00001: is missing, so photos is not whole; delete"
+    ):
+        data.load(photos_config(tmp_path / "copy"))
+
+
+def test_a_damaged_image_is_named(prepared: Path, tmp_path: Path) -> None:
+    dataset = data.load(photos_config(prepared))
+    dataset.train._files = [{"image": b"\xff\xd8 nothing", "label": 0}]
+    with pytest.raises(ValueError, match=r"photos/32px/1.0.0, train: image 0 is damaged .*; prepare the set again"):
+        dataset.train[0]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"data.name": "cifar10", "data.data_dir": "nowhere"},
-            r"""data.name=cifar10: it is not prepared as array_record in nowhere.*
-    pip install tensorflow-cpu && python -c "import tensorflow_datasets as tfds; """
-            r"""tfds.builder\('cifar10', file_format='array_record', data_dir='nowhere'\).download_and_prepare\(\)\"""",
+            {"name": "cifar10"},
+            r"data.name=cifar10: it is not prepared in .*nowhere.* with\n"
+            r"    python -m alexnet_jax.prepare cifar10 --data_dir=.*nowhere",
         ),
-        ({"data.name": "cifar11", "data.data_dir": "nowhere"}, r"data.name=cifar11: no such data set .* in nowhere"),
-        ({"data.train_split": "train[:9%]"}, r"data.train_split=train\[:9%\]: mnist5k has no such split"),
-        ({"data.eval_split": "validation"}, r"eval_split=validation: mnist5k has no such split.*\['train', 'test'\]"),
+        ({"name": "cifar11"}, r"cifar11: no such data set is prepared in .*nowhere, and TFDS has none"),
+        ({"name": "mnist5k", "train_split": "train[:9%]"}, r"data.train_split=train\[:9%\]: mnist5k has no such split"),
+        (
+            {"name": "mnist5k", "eval_split": "validation"},
+            r"eval_split=validation: mnist5k has no such split.*\['train', 'test'\]",
+        ),
+        ({"name": "mnist5k", "eval_split": "test", "validation_split": "val"}, r"validation_split=val: mnist5k has no"),
     ],
 )
-def test_a_data_set_that_is_not_there_is_answered_with_what_to_do(changes: dict, message: str) -> None:
+def test_a_data_set_that_is_not_there_is_answered_with_what_to_do(tmp_path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        data.load(run_config(**changes).data)
+        data.load(photos_config(tmp_path / "nowhere", **changes))
 
 
-@pytest.mark.slow
-def test_a_prepared_tfds_set_is_read_by_its_name(shared_images, tmp_path) -> None:
-    config = run_config("cifar10", **{"data.name": "cifar10_jpeg", "data.data_dir": str(shared_images)})
-    dataset = data.load(config.data)
-    assert (len(dataset.train), len(dataset.evaluation), dataset.classes, dataset.channels) == (50000, 10000, 10, 3)
-    batch = next(data.train_batches(dataset, config, seed=0, start=0, stop=1))
-    assert batch["image"].shape == (64, 32, 32, 3)
+def test_another_size_than_the_prepared_one_is_answered_with_the_sizes(prepared: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.image_size=64: photos is prepared at 32px; .* --size=64"):
+        data.load(photos_config(prepared, image_size=64, crop=64))
 
-    small = TINY | {"train.epochs": 0.0005, "train.batch_size": 8, "train.checkpoint_every": 100}
-    done = command(
-        "alexnet_jax.main",
-        "--config=configs/ablation_lrn.py:cifar10",
-        "--config.data.name=cifar10_jpeg",
-        "--config.seeds=(0,)",
-        f"--workdir={tmp_path}",
-        *(f"--config.{key}={value}" for key, value in small.items()),
-        environment={"TFDS_DATA_DIR": os.fspath(shared_images)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "no_lrn" in done.stdout
+
+def test_a_preparation_that_did_not_end_is_not_taken_for_a_set(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "32px" / "incomplete.ABCDEF_1.0.0").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"data.name=photos: its preparation in .*32px did not end; do it again"):
+        data.load(photos_config(tmp_path))
