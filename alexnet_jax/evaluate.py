@@ -26,7 +26,7 @@ from alexnet_jax.model import AlexNet
 from alexnet_jax.pixels import Pixels
 from alexnet_jax.towers import Executor
 
-# The function from parameters and a batch of uint8 images to log-probabilities (batch, classes).
+# The function from parameters and a batch of uint8 images to logits (batch, classes).
 Predict = Callable[[Any, Any], jax.Array]
 
 
@@ -50,9 +50,9 @@ def per_image(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
 
 
 def predictor(config: ConfigDict, classes: int, pixels: Pixels, executor: Executor) -> Predict:
-    """The compiled function from parameters and uint8 images to log-probabilities.
+    """The compiled function from parameters and uint8 images to logits.
 
-    The probabilities are averaged over ``eval.views`` views of each image (paper, section 4.1), one view at a time.
+    Probabilities are averaged over ``eval.views`` views of each image (paper, section 4.1), one view at a time.
     """
     model = AlexNet(config.model, classes)
     views = augment.evaluation_views(config.eval.views, config.data.image_size, config.data.crop)
@@ -62,16 +62,18 @@ def predictor(config: ConfigDict, classes: int, pixels: Pixels, executor: Execut
         def of_view(view: augment.View) -> jax.Array:
             inputs = augment.inputs(images, view, config.data, pixels)
             logits: Any = model.apply({"params": params}, inputs, train=False)
-            return jax.nn.log_softmax(logits)
+            return logits
 
-        return mean_probabilities(lax.map(of_view, stacked))
+        return averaged(lax.map(of_view, stacked))
 
     return executor.map(tower, in_axes=(0, None), out_axes=None)
 
 
-def mean_probabilities(log_probabilities: jax.Array) -> jax.Array:
-    """The mean of probabilities over the first axis; all are logarithms."""
-    return jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(len(log_probabilities))
+def averaged(logits: jax.Array) -> jax.Array:
+    """The logits of the mean of the probabilities over the first axis."""
+    if len(logits) == 1:
+        return logits[0]  # nothing is rounded
+    return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0)
 
 
 def means(
@@ -80,7 +82,7 @@ def means(
     """Loss and errors over all images of a source, of the mean of the probabilities of one or more nets.
 
     Args:
-      predictions: functions from a batch of uint8 images to log-probabilities.
+      predictions: functions from a batch of uint8 images to logits.
       config: of a run, for the size of the images and of the batches.
 
     Raises:
@@ -88,8 +90,8 @@ def means(
     """
     sums: dict[str, float] = {}
     for batch in batches.all_batches(source, config):
-        log_probabilities = np.stack([predict(batch["image"]) for predict in predictions])
-        of_batch = _masked_sums(log_probabilities, batch["label"], batch["mask"])
+        logits = np.stack([predict(batch["image"]) for predict in predictions])
+        of_batch = _masked_sums(logits, batch["label"], batch["mask"])
         for name, value in jax.device_get(of_batch).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     count = sums.pop("count")
@@ -99,8 +101,8 @@ def means(
 
 
 @jax.jit
-def _masked_sums(log_probabilities: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    metrics = per_image(mean_probabilities(log_probabilities), labels) | {"count": jnp.ones(len(labels))}
+def _masked_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    metrics = per_image(averaged(logits), labels) | {"count": jnp.ones(len(labels))}
     return {name: jnp.sum(values, where=mask) for name, values in metrics.items()}
 
 

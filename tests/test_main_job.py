@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pandas as pd
 import pytest
+from conftest import command
 
 pytestmark = pytest.mark.slow
 
@@ -59,12 +60,30 @@ def test_both_arms_of_a_seed_start_alike_and_see_the_same_images(main_job) -> No
         assert abs(first_loss("lrn", seed) - first_loss("no_lrn", seed)) < 0.1
 
 
+def test_the_runs_of_an_arm_are_evaluated_and_averaged(main_job, tmp_path) -> None:
+    """Each as when its training ended; the average of three nets is better than the mean of their errors."""
+    folder, _ = main_job
+    runs = [folder / "lrn" / f"seed_{seed}" for seed in (0, 1, 2)]
+    output = tmp_path / "errors.json"
+    done = command("alexnet_jax.evaluate", *(f"--run={run}" for run in runs), "--views=1", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    assert "mnist5k, test: 1,000 images, views of each: 1" in done.stdout
+    errors = json.loads(output.read_text())["errors"]
+    assert list(errors) == [*map(str, runs), "average"]
+    results = [json.loads((run / "result.json").read_text()) for run in runs]
+    for run, result in zip(runs, results, strict=True):
+        assert errors[str(run)] == pytest.approx({name: result[f"eval/{name}"] for name in errors["average"]})
+    assert errors["average"]["loss"] < sum(result["eval/loss"] for result in results) / 3
+    for of_net in errors.values():
+        assert f"{100 * of_net['top1_error']:.2f} │" in done.stdout
+
+
 @pytest.fixture(scope="module")
 def tensorboard(main_job) -> Iterator[Callable[..., object]]:
     """Asks a running TensorBoard: path and query, or JSON to post, to the JSON or bytes it answers."""
     folder, _ = main_job
-    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={folder}", "--port=0", "--load_fast=false"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    server = [sys.executable, "-m", "tensorboard.main", f"--logdir={folder}", "--port=0", "--load_fast=false"]
+    with subprocess.Popen(server, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         assert process.stderr is not None
         address = next(match[0] for line in process.stderr if (match := re.search(r"http://\S+(?=/)", line)))
 

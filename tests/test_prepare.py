@@ -2,17 +2,13 @@
 
 import io
 import re
-import resource
-import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import REPOSITORY, run_config
+from conftest import run_config, run_script
 from PIL import Image
 
 from alexnet_jax import data, originals, pictures, prepare
@@ -131,25 +127,18 @@ def test_a_folder_that_cannot_be_read_is_named(photos: Path, tmp_path: Path, cap
     assert "train/dog: cannot be read (Permission denied); it should be a folder" in said
 
 
-def limited(photos: Path, data_dir: Path) -> subprocess.CompletedProcess:
-    """The command where no file may be larger than 30 kB, which a full disk looks like."""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-
-    return subprocess.run(
-        [sys.executable, "-m", "alexnet_jax.prepare", photos, f"--data_dir={data_dir}", "--size=64"],
-        cwd=REPOSITORY,
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+# No file may be larger than 30 kB, which a full disk looks like.
+FULL = """
+import os, resource, signal
+from alexnet_jax import prepare
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+prepare.main([os.environ["PHOTOS"], "--size=64", "--data_dir=" + os.environ["DATA"]])
+"""
 
 
 def test_a_full_disk_leaves_nothing_half_written(photos: Path, tmp_path: Path, capsys) -> None:
-    done = limited(photos, tmp_path)
+    done = run_script(FULL, PHOTOS=str(photos), DATA=str(tmp_path))
     assert done.returncode == 1
     assert f"Is there room in {tmp_path}? Make some, or name another --data_dir\nNothing was made" in done.stderr
     assert "Traceback" not in done.stderr
@@ -276,7 +265,10 @@ with tfds.core.registered.skip_registration():
         files: Path
 
         def _info(self):
-            features = {"image": tfds.features.Image(encoding_format="jpeg"), "label": tfds.features.ClassLabel(2)}
+            features = {
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "label": tfds.features.ClassLabel(num_classes=2),
+            }
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, dl_manager):
