@@ -195,8 +195,12 @@ def write_file(path: Path, weights: Weights) -> None:
     arrays = {key: np.ascontiguousarray(array) for key, array in encoded.items()}
     order = -1 if layout.channels == "BGR" else 1
     seen = weights.known_pixels()
-    mean: list[float] | str = seen.mean[0, 0, ::order].tolist()
-    if np.ptp(seen.mean, axis=(0, 1)).any():
+    mean: list[float] | str
+    if config.data.subtract == "mean":
+        mean = list(config.data.mean)[::order]
+    elif config.data.subtract == "mean_pixel":
+        mean = seen.mean[0, 0, ::order].tolist()
+    else:
         mean = f"{path.name}.pixels.npz"
         pixels.write(path.with_name(mean), seen)
     about = {

@@ -103,7 +103,7 @@ def test_the_page_is_self_contained_and_shows_every_arm(a_study: Path) -> None:
     assert "<script" not in page
     assert "lrn?" in page
     assert "model.lrn.enabled = False" in page
-    assert "data set mnist5k" in page
+    assert "Top-1 error on mnist5k, test, %" in page
     assert page.count("<svg") == 2  # of the metrics, these runs recorded two
     for text in ("no_lrn", "eval/top1_error (%)", "eval/loss", "14.33", "-0.46 to +7.13"):
         assert text in page

@@ -1,11 +1,13 @@
 """A run is a function of its config: twice the same, in one go or in pieces."""
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import chex
@@ -15,7 +17,7 @@ import pytest
 from conftest import REPOSITORY, TINY, any_pixels, run_config
 from ml_collections import ConfigDict
 
-from alexnet_jax import logs, records, train
+from alexnet_jax import logs, originals, prepare, records, train
 from alexnet_jax.batches import train_batches
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.towers import Executor
@@ -45,6 +47,18 @@ def assert_same_run(config: ConfigDict, one: Path, other: Path) -> None:
     chex.assert_trees_all_equal(final_state(config, one), final_state(config, other))
     assert metrics(one) == metrics(other)
     assert result(one) == result(other)
+
+
+def stop_at(last: int, number: signal.Signals = signal.SIGTERM) -> Callable[[logs.Logs, int], None]:
+    """``Logs.progress`` that asks the run to stop after a step."""
+    progress = logs.Logs.progress
+
+    def progress_and_stop(self: logs.Logs, step: int) -> None:
+        progress(self, step)
+        if step == last:
+            signal.raise_signal(number)
+
+    return progress_and_stop
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +99,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_equal(
     tmp_path: Path, whole: Path, tiny, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """Step 7 is neither logged nor a checkpoint's: the sums of the metrics are saved, too."""
-    progress = logs.Logs.progress
-
-    def stop_at_seven(self: logs.Logs, step: int) -> None:
-        progress(self, step)
-        if step == 7:
-            signal.raise_signal(number)
-
     with monkeypatch.context() as patch:
-        patch.setattr(logs.Logs, "progress", stop_at_seven)
+        patch.setattr(logs.Logs, "progress", stop_at(7, number))
         with pytest.raises(KeyboardInterrupt, match="stopped at step 7 of 12"):
             train.train_and_evaluate(tiny, tmp_path)
     assert records.result(tmp_path) is None
@@ -143,21 +150,15 @@ def test_a_killed_command_goes_on_bit_equal_when_given_again(tmp_path: Path) -> 
 def test_a_stall_cuts_the_rate_and_is_part_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation every two steps, none with a lower error than the first: a cut at the third and the fifth."""
     changes = {
-        "eval.every_epochs": 0.002,
+        "train.epochs": 48 / 3800,  # 12 steps; 200 of the 4,000 images are for validation
+        "eval.every_epochs": 8 / 3800,
         "optim.learning_rate": 1e-6,
         "optim.stall.evaluations": 2,
         "train.log_every": 1,
     }
     config = run_config(**TINY | changes)
-    progress = logs.Logs.progress
-
-    def stop_at_seven(self: logs.Logs, step: int) -> None:
-        progress(self, step)
-        if step == 7:
-            signal.raise_signal(signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(logs.Logs, "progress", stop_at_seven)
+        patch.setattr(logs.Logs, "progress", stop_at(7))
         with pytest.raises(KeyboardInterrupt):
             train.train_and_evaluate(config, tmp_path / "pieces")
     train.train_and_evaluate(config, tmp_path / "pieces")
@@ -165,6 +166,110 @@ def test_a_stall_cuts_the_rate_and_is_part_of_the_checkpoint(tmp_path: Path, mon
     assert_same_run(config, tmp_path / "pieces", tmp_path / "whole")
     rates = [line["learning_rate"] for line in metrics(tmp_path / "pieces") if "learning_rate" in line]
     np.testing.assert_allclose(rates, [1e-6] * 6 + [1e-7] * 4 + [1e-8] * 2, rtol=1e-5)
+
+
+def test_a_run_on_jpegs_goes_on_bit_equal(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that the pipeline has: squares of photos, mean image, crops, flips, colours, validation images."""
+    prepare.prepare(originals.folder(photos), 32, str(tmp_path))
+    changes = {
+        "data.name": "photos",
+        "data.data_dir": str(tmp_path),
+        "data.eval_split": "validation",
+        "optim.stall.evaluations": 2,
+        "train.epochs": 48 / 38,  # 12 steps; 2 of the 40 images are for validation
+        "eval.every_epochs": 24 / 38,
+        "eval.batch_size": 8,
+    }
+    config = run_config("cifar10", **TINY | changes)
+    seen: list[list[str]] = []
+    read = train.batches.train_batches
+
+    def note(*arguments, **more):
+        seen.append([])
+        for batch in read(*arguments, **more):
+            seen[-1].append(hashlib.sha256(batch["image"].tobytes()).hexdigest())
+            yield batch
+
+    monkeypatch.setattr(train.batches, "train_batches", note)
+    with monkeypatch.context() as patch:
+        patch.setattr(logs.Logs, "progress", stop_at(7))
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(config, tmp_path / "pieces")
+    for stored in tmp_path.rglob("32px/1.0.0/pixels_*"):
+        stored.unlink()  # the run has its own
+    monkeypatch.setattr(train.pixels, "measured", None)
+    train.train_and_evaluate(config, tmp_path / "pieces")
+    monkeypatch.undo()
+    monkeypatch.setattr(train.batches, "train_batches", note)
+    train.train_and_evaluate(config, tmp_path / "whole")
+    assert_same_run(config, tmp_path / "pieces", tmp_path / "whole")
+    before, after, whole = seen
+    assert before[:7] + after == whole
+    assert len(set(whole)) == 12
+    recorded = metrics(tmp_path / "whole")[-1]
+    assert {"eval/top1_error", "validation/top1_error"} <= recorded.keys()
+    described = records.read_json(tmp_path / "whole" / "dataset.json")
+    assert described == {
+        "name": "photos",
+        "classes": 2,
+        "class_names": ["cat", "dog"],
+        "train_images": 38,
+        "validation_images": 2,
+        "eval_split": "validation",
+        "eval_images": 10,
+    }
+    said = (tmp_path / "whole" / "train.log").read_text()
+    assert "eval/ is on the 10 of validation, validation/ on 2 that are kept apart" in said
+
+
+@pytest.mark.slow
+def test_photographs_go_through_the_papers_net_on_two_devices(shared_images: Path, tmp_path: Path) -> None:
+    """Real ones, at 224 pixels, with everything the paper does to them, for three steps."""
+    changes = {
+        "data.name": "imagenette_224",
+        "data.data_dir": str(shared_images),
+        "data.train_split": "train[:48]",
+        "data.eval_split": "validation[:16]",
+        "train.batch_size": 16,
+        "train.epochs": 1.0,
+        "train.log_every": 1,
+        "train.executor": "pmap",
+        "eval.batch_size": 16,
+    }
+    result = train.train_and_evaluate(run_config("imagenette", **changes), tmp_path)
+    losses = [line["train/loss"] for line in metrics(tmp_path) if "train/loss" in line]
+    assert abs(losses[0] - np.log(10)) < 0.5
+    assert len(losses) == result["steps"] == 3
+    assert np.isfinite(losses).all()
+    assert 16 * result["eval/top1_error"] in range(17)
+    seen = train.pixels.read(tmp_path / "pixels.npz")
+    assert 90 < seen.mean.mean() < 140
+    # As of ImageNet: the first axis is grey and varies most (cuda-convnet2's deviations are 122, 37, 20).
+    assert np.ptp(seen.axes[0]) < 0.1
+    assert 50 < seen.deviations[0] < 100 < 10 * seen.deviations[2]
+
+
+@pytest.mark.parametrize(("pause", "says"), [(0.0, False), (0.2, True)])
+def test_a_run_that_waits_for_images_says_so(tmp_path: Path, monkeypatch, tiny, pause: float, says: bool) -> None:
+    read = train.batches.train_batches
+
+    def slowly(*arguments, **more):
+        for batch in list(read(*arguments, **more)):
+            time.sleep(pause)
+            yield batch
+
+    monkeypatch.setattr(train.batches, "train_batches", slowly)
+    result = train.train_and_evaluate(tiny, tmp_path)
+    said = (tmp_path / "train.log").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    fractions = [line["data/wait_fraction"] for line in lines if "data/wait_fraction" in line]
+    assert len(fractions) == 6
+    assert all(0 <= fraction <= 1 for fraction in fractions)
+    assert (result["data/wait_fraction"] > 0.1) == says
+    assert said.count("waits for images") == says
+    if says:
+        assert "raise --config.data.threads, now 2, up to the" in said
+        assert "python -m alexnet_jax.prepare mnist5k --size=28" in said
 
 
 def test_a_frozen_layer_stops_at_its_epoch() -> None:

@@ -9,10 +9,10 @@ import jax
 import jax.export
 import numpy as np
 import pytest
-from conftest import TINY, command, reduced, run_config, run_script
+from conftest import TINY, any_pixels, command, reduced, run_config, run_script
 from ml_collections import ConfigDict
 
-from alexnet_jax import checkpoint, model, records, train, weights
+from alexnet_jax import augment, checkpoint, model, records, train, weights
 from alexnet_jax import config as config_lib
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -42,6 +42,37 @@ def assert_same(one: weights.Weights, other: weights.Weights) -> None:
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
     assert one.classes == other.classes
     assert (one.config.data.mean, one.config.data.std) == (other.config.data.mean, other.config.data.std)
+
+
+@pytest.mark.parametrize("name", ["net.npy", "net.safetensors"])
+def test_a_mean_image_travels_beside_the_weights(tmp_path: Path, name: str) -> None:
+    ours = fresh("caffe_alexnet", **{"data.subtract": "central_mean_image"})
+    ours = ours._replace(pixels=any_pixels(ours.config))
+    weights.write_file(tmp_path / name, ours)
+    read = weights.read_file(tmp_path / name, reduced("caffe_alexnet"))
+    assert_same(read, ours)
+    assert read.config.data.subtract == "central_mean_image"
+    for one, other in zip(read.pixels, ours.pixels, strict=True):
+        np.testing.assert_array_equal(one, other)
+    images = pixels(ours.config)
+    np.testing.assert_array_equal(weights.forward(read)(images), weights.forward(ours)(images))
+    # The net sees the centre of its images, less the centre of the mean.
+    border = (ours.config.data.image_size - ours.config.data.crop) // 2
+    whole = np.pad(images, [(0, 0), (border, border), (border, border), (0, 0)])
+    (view,) = augment.evaluation_views(1, ours.config.data.image_size, ours.config.data.crop)
+    seen = augment.inputs(whole, view, ours.config.data, ours.pixels)
+    middle = slice(border, border + ours.config.data.crop)
+    np.testing.assert_array_equal(seen, (images - ours.pixels.mean[middle, middle]) / np.float32(ours.config.data.std))
+
+
+def test_a_mean_that_is_not_known_is_asked_for(tmp_path: Path) -> None:
+    ours = fresh("caffe_alexnet", **{"data.subtract": "mean_image"})
+    for write in (lambda: weights.write_file(tmp_path / "net.npy", ours), lambda: weights.export(ours)):
+        with pytest.raises(
+            ValueError, match=r"data.subtract=mean_image: is measured .* give --config.data.subtract=mean"
+        ):
+            write()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["net.npy", "net.safetensors"])
