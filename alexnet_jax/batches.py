@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import grain
 import numpy as np
@@ -36,9 +35,8 @@ def train_batches(
     size, rest = divmod(config.train.batch_size, processes)
     if rest:
         raise ValueError(f"train.batch_size={config.train.batch_size}: must be a multiple of the {processes} processes")
-    examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()[process::processes]
-    batches = examples.map(_fit(config)).batch(size, drop_remainder=True)
-    return _read_ahead(batches.slice(slice(start, stop)), config)
+    positions = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()[process::processes]
+    return _read_ahead(source, positions.batch(size, drop_remainder=True).slice(slice(start, stop)), config)
 
 
 def all_batches(source: Source, config: ConfigDict, *, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
@@ -53,8 +51,8 @@ def all_batches(source: Source, config: ConfigDict, *, share: tuple[int, int] = 
     """
     process, processes = share
     size = config.eval.batch_size
-    examples = grain.MapDataset.source(source)[process::processes]
-    for batch in _read_ahead(examples.map(_fit(config)).batch(size, drop_remainder=False), config):
+    positions = grain.MapDataset.range(len(source))[process::processes]
+    for batch in _read_ahead(source, positions.batch(size, drop_remainder=False), config):
         count = len(batch["label"])
         batch["mask"] = np.ones(count, bool)
         yield {
@@ -63,14 +61,26 @@ def all_batches(source: Source, config: ConfigDict, *, share: tuple[int, int] = 
         }
 
 
-def _fit(config: ConfigDict) -> Any:
-    def fit(example: dict[str, Any], size: int) -> dict[str, Any]:
-        return {"image": pictures.square(example["image"], size), "label": np.int32(example["label"])}
+def read(source: Source, positions: np.ndarray, size: int) -> Batch:
+    """Examples as squares: {"image": uint8 (count, size, size, channels), "label": int32 (count,)}.
 
-    return functools.partial(fit, size=config.data.image_size)
+    Raises:
+      ValueError: an image is damaged; names it.
+    """
+    images = np.empty((len(positions), size, size, source.channels), np.uint8)
+    labels = np.empty(len(positions), np.int32)
+    for place, position in enumerate(positions):
+        example = source[int(position)]
+        labels[place] = example["label"]
+        try:
+            pictures.fill(images[place], example["image"])
+        except OSError as error:
+            raise ValueError(f"{source}: image {position} is damaged ({error}); prepare the set again") from error
+    return {"image": images, "label": labels}
 
 
-def _read_ahead(batches: grain.MapDataset, config: ConfigDict) -> Iterator[Batch]:
+def _read_ahead(source: Source, positions: grain.MapDataset, config: ConfigDict) -> Iterator[Batch]:
     """At most ``data.prefetch`` batches wait in memory, and ``data.threads`` are being decoded."""
+    batches = positions.map(functools.partial(read, source, size=config.data.image_size))
     options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=config.data.prefetch)
     return iter(batches.to_iter_dataset(options))

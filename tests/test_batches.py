@@ -15,6 +15,8 @@ from alexnet_jax import batches
 class Numbered:
     """Images that carry their own number."""
 
+    channels = 1
+
     def __init__(self, count: int):
         self._count = count
 

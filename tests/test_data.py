@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 from conftest import run_config
 
-from alexnet_jax import data, originals, prepare
+from alexnet_jax import batches, data, originals, prepare
 
 
 def labels(source: data.Source) -> list[int]:
     return [int(source[position]["label"]) for position in range(len(source))]
 
 
+def images(source: data.Source, size: int = 32) -> np.ndarray:
+    return batches.read(source, np.arange(len(source)), size)["image"]
+
+
 def contents(source: data.Source) -> set[bytes]:
-    return {source[position]["image"].tobytes() for position in range(len(source))}
+    return {image.tobytes() for image in images(source)}
 
 
 def test_embedded_set_keeps_its_held_out_images_to_itself() -> None:
@@ -64,7 +68,7 @@ def test_a_prepared_folder_is_read_by_its_name(prepared: Path) -> None:
     assert (len(dataset.train), len(dataset.evaluation), dataset.channels) == (40, 10, 3)
     assert list(dataset.class_names) == ["cat", "dog"]
     assert np.bincount(labels(dataset.train)).tolist() == [20, 20]
-    assert dataset.train[0]["image"].shape == (32, 32, 3)
+    assert images(dataset.train).shape == (40, 32, 32, 3)
     assert dataset.folder == prepared / "photos" / "32px" / "1.0.0"
 
 
@@ -104,7 +108,7 @@ def test_a_damaged_image_is_named(prepared: Path, tmp_path: Path) -> None:
     dataset = data.load(photos_config(prepared))
     dataset.train._files = [{"image": b"\xff\xd8 nothing", "label": 0}]
     with pytest.raises(ValueError, match=r"photos/32px/1.0.0, train: image 0 is damaged .*; prepare the set again"):
-        dataset.train[0]
+        batches.read(dataset.train, np.array([0]), 32)
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,11 @@ COUNT = 60
 
 
 @pytest.fixture(scope="module")
-def held_out() -> tuple[np.ndarray, np.ndarray, list[dict]]:
+def held_out() -> tuple[np.ndarray, np.ndarray, data.Source]:
     """Images, labels, and both as a source."""
     source = data.load(run_config().data).evaluation
-    examples = [source[position] for position in range(0, 1000, 1000 // COUNT)][:COUNT]
-    return *(np.stack([example[name] for example in examples]) for name in ("image", "label")), examples
+    read = batches.read(source, np.arange(COUNT) * (1000 // COUNT), 28)
+    return read["image"], read["label"], data.Arrays(read["image"], read["label"])
 
 
 @pytest.mark.parametrize("views", [1, 10])

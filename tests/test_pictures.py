@@ -119,6 +119,17 @@ def test_what_is_transparent_gets_white_paper() -> None:
     assert (image[21:] == BLUE).all()
 
 
+@pytest.mark.parametrize("size", [40, 48, 60])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "CMYK", "turned left", "square", "array"])
+def test_an_image_is_filled_in_as_it_is_decoded(kind: str, size: int) -> None:
+    square = saved(two_halves(size=(48, 48)), "JPEG")
+    content = (COLOURED | {"square": square, "array": pictures.decode(COLOURED["PNG"], 3)})[kind]
+    into = np.zeros((size, size, 3), np.uint8)
+    pictures.fill(into, content)
+    whole = pictures.decode(content, 3) if isinstance(content, bytes) else content
+    np.testing.assert_array_equal(into, pictures.square(whole, size))
+
+
 def test_a_square_jpeg_of_the_right_size_stays_as_it_is() -> None:
     content = saved(two_halves(size=(48, 48)), "JPEG")
     assert pictures.square_jpeg(content, 48) is content

@@ -8,7 +8,7 @@ import pytest
 from conftest import run_config
 from ml_collections import ConfigDict
 
-from alexnet_jax import data, originals, pixels, prepare
+from alexnet_jax import batches, data, originals, pixels, prepare
 
 SIZE = 24
 
@@ -33,7 +33,7 @@ def data_config(folder: Path, **changes) -> ConfigDict:
 
 
 def all_images(dataset: data.DataSet) -> np.ndarray:
-    return np.stack([dataset.train[i]["image"] for i in range(len(dataset.train))]).astype(np.float64)
+    return batches.read(dataset.train, np.arange(len(dataset.train)), SIZE)["image"].astype(np.float64)
 
 
 def test_they_are_what_numpy_finds_in_all_images_at_once(prepared: Path) -> None:

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from conftest import run_config, run_script
 from PIL import Image
 
-from alexnet_jax import data, originals, pictures, prepare
+from alexnet_jax import batches, data, originals, pictures, prepare
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: object) -> str:
@@ -28,8 +28,9 @@ def load(name: str, folder: Path, size: int, eval_split: str) -> data.DataSet:
     return data.load(run_config("cifar10", **{f"data.{key}": value for key, value in changes.items()}).data)
 
 
-def examples(source: data.Source) -> list[tuple[bytes, int]]:
-    return [(source[i]["image"].tobytes(), int(source[i]["label"])) for i in range(len(source))]
+def examples(source: data.Source, size: int) -> list[tuple[bytes, int]]:
+    read = batches.read(source, np.arange(len(source)), size)
+    return [(image.tobytes(), int(label)) for image, label in zip(read["image"], read["label"], strict=True)]
 
 
 def copied(photos: Path, target: Path) -> Path:
@@ -52,7 +53,7 @@ def test_a_folder_becomes_a_data_set_of_squares(photos: Path, tmp_path: Path, ca
             for label, name in enumerate(("cat", "dog"))
             for file in (photos / split / name).iterdir()
         ]
-        assert sorted(examples(source)) == sorted(expected)
+        assert sorted(examples(source, 48)) == sorted(expected)
 
 
 def test_a_set_that_is_there_is_left_alone(photos: Path, tmp_path: Path, capsys) -> None:
@@ -187,8 +188,8 @@ def test_cifar_is_read_from_its_archive_pixel_by_pixel(classes: int, tmp_path: P
     assert "train 20, test 6 images of 3 classes" in said
     dataset = load(f"cifar{classes}", tmp_path / "sets", 32, "test")
     expected = [(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)]
-    assert sorted(examples(dataset.train)) == sorted(expected[:20])
-    assert sorted(examples(dataset.evaluation)) == sorted(expected[20:])
+    assert sorted(examples(dataset.train, 32)) == sorted(expected[:20])
+    assert sorted(examples(dataset.evaluation, 32)) == sorted(expected[20:])
     assert list(dataset.class_names) == names
 
     monkeypatch.setattr(originals, "CIFAR_COUNTS", counts | {"test": 7})
@@ -236,7 +237,8 @@ def test_imagenet_is_read_from_its_two_archives(tmp_path: Path, monkeypatch, cap
     dataset = load("imagenet2012", tmp_path, 32, "validation")
 
     def reds(source: data.Source) -> dict[int, int]:
-        return {int(source[i]["label"]): round(source[i]["image"][16, 16, 0] / 100) for i in range(len(source))}
+        read = batches.read(source, np.arange(len(source)), 32)
+        return {int(label): round(image[16, 16, 0] / 100) for image, label in zip(*read.values(), strict=True)}
 
     assert reds(dataset.train) == {0: 0, 1: 1, 2: 2}
     assert reds(dataset.evaluation) == {2: 0, 0: 1, 1: 2}
@@ -287,8 +289,10 @@ def test_a_set_of_photos_in_the_catalogue_is_stored_again_as_squares(photos, tmp
     assert "train 40, val 10 images of 2 classes" in said
     squares = load("stock", tmp_path, 48, "val")
     assert squares.folder == tmp_path / "stock" / "48px" / "1.0.0"
-    assert sorted(label for _, label in examples(squares.train)) == sorted(
-        label for _, label in examples(as_it_is.train)
-    )
-    assert all(squares.train[i]["image"].shape == (48, 48, 3) for i in range(40))
-    assert as_it_is.train[0]["image"].shape != (48, 48, 3)
+    labels = [[int(source[i]["label"]) for i in range(40)] for source in (as_it_is.train, squares.train)]
+    assert sorted(labels[0]) == sorted(labels[1])
+    shapes = [
+        {pictures.decode(source[i]["image"], 3).shape for i in range(40)} for source in (as_it_is.train, squares.train)
+    ]
+    assert shapes[1] == {(48, 48, 3)}
+    assert not shapes[0] & shapes[1]

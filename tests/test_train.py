@@ -152,7 +152,7 @@ def test_a_stall_cuts_the_rate_and_is_part_of_the_checkpoint(tmp_path: Path, mon
     changes = {
         "train.epochs": 48 / 3800,  # 12 steps; 200 of the 4,000 images are for validation
         "eval.every_epochs": 8 / 3800,
-        "optim.learning_rate": 1e-6,
+        "optim.learning_rate": 1e-9,
         "optim.stall.evaluations": 2,
         "train.log_every": 1,
     }
@@ -165,7 +165,7 @@ def test_a_stall_cuts_the_rate_and_is_part_of_the_checkpoint(tmp_path: Path, mon
     train.train_and_evaluate(config, tmp_path / "whole")
     assert_same_run(config, tmp_path / "pieces", tmp_path / "whole")
     rates = [line["learning_rate"] for line in metrics(tmp_path / "pieces") if "learning_rate" in line]
-    np.testing.assert_allclose(rates, [1e-6] * 6 + [1e-7] * 4 + [1e-8] * 2, rtol=1e-5)
+    np.testing.assert_allclose(rates, [1e-9] * 6 + [1e-10] * 4 + [1e-11] * 2, rtol=1e-5)
 
 
 def test_a_run_on_jpegs_goes_on_bit_equal(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,8 @@ def test_photographs_go_through_the_papers_net_on_two_devices(shared_images: Pat
     assert 90 < seen.mean.mean() < 140
     # As of ImageNet: the first axis is grey and varies most (cuda-convnet2's deviations are 122, 37, 20).
     assert np.ptp(seen.axes[0]) < 0.1
-    assert 50 < seen.deviations[0] < 100 < 10 * seen.deviations[2]
+    assert 90 < seen.deviations[0] < 150
+    assert seen.deviations[0] > 2 * seen.deviations[1] > 2 * seen.deviations[2]
 
 
 @pytest.mark.parametrize(("pause", "says"), [(0.0, False), (0.2, True)])

@@ -1,6 +1,6 @@
 """How fast JPEGs are decoded and batched: python experiments/data/measure.py --data_dir=... [--tensorflow=...]
 
-Ours, PyTorch's DataLoader and tf.data, on the same pictures of 256 pixels, in turn. Writes results.csv beside this file.
+Ours, PyTorch's DataLoader and tf.data, on the same pictures of 256 pixels, in turn. Writes results.csv beside it.
 """
 
 import argparse
@@ -9,10 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
-from alexnet_jax import data, originals, pictures, prepare
+from alexnet_jax import batches, data, originals, pictures, prepare
 from configs import base
 
 SIZE, BATCH = 256, 128
@@ -25,11 +26,11 @@ def write_pictures(folder: Path, name: str, data_dir: str, count: int) -> None:
     config.data.update(name=name, data_dir=data_dir)
     source = data.load(config.data).train
     for position in range(count):
-        split = "val" if position % 100 == 99 else "train"  # a folder needs held-out ones; nothing is measured on them
+        split = "val" if position % 100 >= 98 else "train"  # a folder needs held-out ones; nothing is measured on them
         path = folder / "pictures" / split / str(position % 2) / f"{position}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        square = Image.fromarray(pictures.square(source[position]["image"], SIZE))
-        square.save(path, quality=pictures.JPEG_QUALITY)
+        (square,) = batches.read(source, np.array([position]), SIZE)["image"]
+        Image.fromarray(square).save(path, quality=pictures.JPEG_QUALITY)
     prepare.prepare(originals.folder(folder / "pictures"), SIZE, str(folder / "sets"))
     for held_out in (folder / "pictures" / "val").rglob("*.jpg"):
         held_out.unlink()
