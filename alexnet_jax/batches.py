@@ -32,11 +32,15 @@ def train_batches(
       ValueError: the batch cannot be shared evenly.
     """
     process, processes = share
-    size, rest = divmod(config.train.batch_size, processes)
-    if rest:
+    if config.train.batch_size % processes:
         raise ValueError(f"train.batch_size={config.train.batch_size}: must be a multiple of the {processes} processes")
-    positions = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()[process::processes]
-    return _read_ahead(source, positions.batch(size, drop_remainder=True).slice(slice(start, stop)), config)
+
+    def positions(step: int) -> np.ndarray:
+        drawn = np.arange(step * config.train.batch_size, (step + 1) * config.train.batch_size)[process::processes]
+        epochs, places = np.divmod(drawn, len(source))
+        return np.concatenate([order(len(source), seed, epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    return _read_ahead(source, grain.MapDataset.range(start, stop).map(positions), config)
 
 
 def all_batches(source: Source, config: ConfigDict, *, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
@@ -51,14 +55,21 @@ def all_batches(source: Source, config: ConfigDict, *, share: tuple[int, int] = 
     """
     process, processes = share
     size = config.eval.batch_size
-    positions = grain.MapDataset.range(len(source))[process::processes]
-    for batch in _read_ahead(source, positions.batch(size, drop_remainder=False), config):
+    positions = np.arange(process, len(source), processes)
+    parts = [positions[first : first + size] for first in range(0, len(positions), size)]
+    for batch in _read_ahead(source, grain.MapDataset.source(parts), config):
         count = len(batch["label"])
         batch["mask"] = np.ones(count, bool)
         yield {
             name: np.concatenate([array, np.zeros((size - count, *array.shape[1:]), array.dtype)])
             for name, array in batch.items()
         }
+
+
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
+def order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch, counted from 0, sees the examples: a permutation of their positions."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def read(source: Source, positions: np.ndarray, size: int) -> Batch:

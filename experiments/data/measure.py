@@ -45,7 +45,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=5120)
     parser.add_argument("--repetitions", type=int, default=9)
     arguments = parser.parse_args()
-    pythons = {"alexnet_jax": sys.executable, "torch": sys.executable, "tensorflow": arguments.tensorflow}
+    pythons = {
+        "alexnet_jax": sys.executable,
+        "torch": sys.executable,
+        "tensorflow": arguments.tensorflow,
+        "tensorflow_approximate": arguments.tensorflow,
+    }
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         write_pictures(Path(temporary), arguments.name, arguments.data_dir, arguments.count)
