@@ -24,7 +24,7 @@ class Original(NamedTuple):
     """One picture before it is prepared.
 
     Attributes:
-      key: what names it, such as its path.
+      key: names it, wherever the pictures are: the order in which they are stored follows from it.
       label: its class, from 0.
       content: a picture file, its bytes, or an image (height, width, 3) of uint8.
     """
@@ -84,7 +84,7 @@ def folder(path: Path) -> Originals:
 
     def read(split: str) -> Iterator[Original]:
         for label, file in files[split]:
-            yield Original(str(file), label, file)
+            yield Original(str(file.relative_to(path)), label, file)
 
     counts = {split: len(of_split) for split, of_split in files.items()}
     name = "".join(letter if letter.isalnum() else "_" for letter in path.resolve().name.lower())

@@ -69,7 +69,8 @@ with tfds.core.registered.skip_registration():  # or it would take the place of 
                 try:
                     content = encoded.result()
                 except OSError as error:
-                    self._bad.append(f"{original.key}: {error}")
+                    file = original.content if isinstance(original.content, Path) else original.key
+                    self._bad.append(f"{file}: {error}")
                 else:
                     missing.discard(original.label)
                     yield original.key, {"image": io.BytesIO(content), "label": original.label}

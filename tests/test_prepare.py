@@ -56,6 +56,16 @@ def test_a_folder_becomes_a_data_set_of_squares(photos: Path, tmp_path: Path, ca
         assert sorted(examples(source, 48)) == sorted(expected)
 
 
+def test_the_stored_order_does_not_depend_on_where_the_pictures_were(photos: Path, tmp_path: Path, capsys) -> None:
+    sets = []
+    for place in ("here", "there"):
+        run(capsys, copied(photos, tmp_path / place / "pets"), f"--data_dir={tmp_path / place}", "--size=16")
+        sets.append(
+            (tmp_path / place / "pets" / "16px" / "1.0.0" / "pets-train.array_record-00000-of-00001").read_bytes()
+        )
+    assert sets[0] == sets[1]
+
+
 def test_a_set_that_is_there_is_left_alone(photos: Path, tmp_path: Path, capsys) -> None:
     first = run(capsys, photos, f"--data_dir={tmp_path}", "--size=16")
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
