@@ -44,6 +44,15 @@ def write(path: Path, pixels: Pixels) -> None:
     _write(path, pixels._asdict())
 
 
+def of_run(workdir: Path, dataset: DataSet, config: ConfigDict) -> Pixels:
+    """What a run began with, and so goes on with; when it begins, what is ``measured``."""
+    found = read(workdir / FILE)
+    if found is None:
+        found = measured(dataset, config)
+        write(workdir / FILE, found)
+    return found
+
+
 def measured(dataset: DataSet, config: ConfigDict) -> Pixels:
     """Of the training images, for the ``data`` section of a config.
 

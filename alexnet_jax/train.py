@@ -3,14 +3,12 @@
 import contextlib
 import dataclasses
 import math
-import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import flax.struct
 import jax
@@ -25,9 +23,8 @@ from alexnet_jax.checkpoint import Checkpoints, Weights
 from alexnet_jax.config import as_json, validate
 from alexnet_jax.logs import Logs, kernels_picture
 from alexnet_jax.pixels import Pixels
+from alexnet_jax.progress import Clock, Progress
 from alexnet_jax.towers import AXIS, Executor
-
-TOLERABLE_WAIT = 0.1  # of the training time
 
 
 class State(flax.struct.PyTreeNode):
@@ -143,7 +140,7 @@ def save_start(weights: Weights, workdir: Path) -> None:
     if weights.pixels is not None:
         pixels.write(workdir / pixels.FILE, weights.pixels)
     with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(0, start(weights.config, weights.params), dataclasses.asdict(_Progress()))
+        checkpoints.save(0, start(weights.config, weights.params), dataclasses.asdict(Progress()))
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -167,21 +164,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
     if finished := records.result(workdir):
         return finished
     dataset, executor = prepare(config)
-    about = {
-        "name": config.data.name,
-        "classes": dataset.classes,
-        "class_names": list(dataset.class_names),
-        "train_images": len(dataset.train),
-        "validation_images": len(dataset.validation or ()),
-        "eval_split": config.data.eval_split,
-        "eval_images": len(dataset.evaluation),
-    }
     records.write_json(workdir / "config.json", as_json(config))
-    records.write_json(workdir / "dataset.json", about)
-    seen = pixels.read(workdir / pixels.FILE)
-    if seen is None:  # what a run began with, it goes on with
-        seen = pixels.measured(dataset, config.data)
-        pixels.write(workdir / pixels.FILE, seen)
+    records.write_json(workdir / "dataset.json", _about(config, dataset))
+    seen = pixels.of_run(workdir, dataset, config.data)
     devices = [str(device) for device in executor.devices]
     records.write_json(workdir / "env.json", records.environment() | {"executor": executor.name, "devices": devices})
 
@@ -194,9 +179,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
 
     with Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints) as checkpoints, _stop_asked() as stop:
         state = executor.place(init_state(config, dataset))
-        progress = _Progress()
+        progress = Progress()
         if restored := checkpoints.restore(state):
-            state, progress = restored[0], _Progress.from_json(restored[1])
+            state, progress = restored[0], Progress.from_json(restored[1])
         with Logs(workdir, start=progress.step, stop=steps) as logs:
             logs.say(f"{executor.name} on {', '.join(devices)}: from step {progress.step} to {steps}")
             logs.say(
@@ -204,7 +189,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                 f"{len(dataset.evaluation):,} of {config.data.eval_split}"
                 + (f", validation/ on {len(dataset.validation):,} that are kept apart" if dataset.validation else "")
             )
-            clock, told = _Clock(progress), False
+            clock = Clock(progress)
             read = batches.train_batches(dataset.train, config, seed=config.seed, start=progress.step, stop=steps)
             for step, batch in enumerate(clock.waiting(read), progress.step + 1):
                 state = run_step(state, batch, np.uint32(config.seed), np.int32(step), np.int32(progress.stall.cuts))
@@ -217,10 +202,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                         rate = optim.learning_rate(config.optim, step - 1, epoch, progress.stall.cuts)
                         metrics = _means(state, step) | {"learning_rate": float(rate)}
                         progress.metrics |= logs.write(step, {"epoch": step / epoch, **metrics, **clock.lap()})
-                        waited = clock.wait_fraction()
-                        if waited > TOLERABLE_WAIT and not told:
-                            told = True
-                            logs.say(_waits(config, waited))
+                        if complaint := clock.complaint(config.data):
+                            logs.say(complaint)
                         state = state.replace(sums=executor.place(no_sums(config.model.towers)))
                 if last or _passes(step, epoch * config.eval.every_epochs):
                     with clock.paused(state):
@@ -255,89 +238,17 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
     return result
 
 
-@dataclasses.dataclass
-class _Progress:
-    """What a run needs to go on, besides its state.
-
-    Attributes:
-      step: steps done.
-      metrics: the last of each.
-      stall: whether the validation error still falls.
-      images: trained on while the clock ran, in ``training_seconds``.
-      training_seconds: without compilation, evaluation and checkpoints.
-      waiting_seconds: those of them in which there was no batch to train on.
-      seconds: all together.
-    """
-
-    step: int = 0
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    stall: optim.Stall = dataclasses.field(default_factory=optim.Stall)
-    images: int = 0
-    training_seconds: float = 0.0
-    waiting_seconds: float = 0.0
-    seconds: float = 0.0
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """What ``dataclasses.asdict`` made of one."""
-        return cls(**values | {"stall": optim.Stall(**values["stall"])})
-
-
-class _Clock:
-    """Keeps the times of a ``_Progress``."""
-
-    def __init__(self, progress: _Progress):
-        self._progress = progress
-        self._before = progress.seconds
-        self._began = time.monotonic()
-        self._mark: float | None = None  # since when training has been going on; None until it is compiled
-        self._lap = (progress.images, progress.training_seconds, progress.waiting_seconds)
-
-    def waiting(self, batches: Iterator[batches.Batch]) -> Iterator[batches.Batch]:
-        """The same batches; the time until each is there counts as waiting, unless the clock is not running yet."""
-        while True:
-            began = time.monotonic()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            if self._mark is not None:
-                self._progress.waiting_seconds += time.monotonic() - began
-            yield batch
-
-    def count(self, images: int, state: State) -> None:
-        """One more step is done, or, on an asynchronous device, dispatched."""
-        if self._mark is None:
-            jax.block_until_ready(state)
-            self._mark = time.monotonic()
-        else:
-            self._progress.images += images
-
-    def _settle(self) -> None:
-        """Books the time up to now."""
-        now = time.monotonic()
-        self._progress.seconds = self._before + now - self._began
-        if self._mark is not None:
-            self._progress.training_seconds += now - self._mark
-            self._mark = now
-
-    def lap(self) -> dict[str, float]:
-        """Speed and share of waiting since the last lap, where there was a step in it that did not compile."""
-        now = (self._progress.images, self._progress.training_seconds, self._progress.waiting_seconds)
-        images, seconds, waited = (new - old for new, old in zip(now, self._lap, strict=True))
-        self._lap = now
-        return {"images_per_second": images / seconds, "data/wait_fraction": waited / seconds} if images else {}
-
-    def wait_fraction(self) -> float:
-        """Share of the training time of the whole run in which there was no batch to train on."""
-        return self._progress.waiting_seconds / max(self._progress.training_seconds, 1e-9)
-
-    @contextlib.contextmanager
-    def paused(self, state: State) -> Iterator[None]:
-        """For what is not training, once what was dispatched is done."""
-        jax.block_until_ready(state)
-        self._settle()
-        yield
-        self._mark = time.monotonic()
+def _about(config: ConfigDict, dataset: data.DataSet) -> dict[str, Any]:
+    """What is to be known of a run's images where they are not."""
+    return {
+        "name": config.data.name,
+        "classes": dataset.classes,
+        "class_names": list(dataset.class_names),
+        "train_images": len(dataset.train),
+        "validation_images": len(dataset.validation or ()),
+        "eval_split": config.data.eval_split,
+        "eval_images": len(dataset.evaluation),
+    }
 
 
 def _means(state: State, step: int) -> dict[str, float]:
@@ -353,14 +264,6 @@ def _means(state: State, step: int) -> dict[str, float]:
             f"train/loss is {totals['loss']} by step {step}: the net has diverged; lower --config.optim.learning_rate"
         )
     return {f"train/{name}": total / images for name, total in totals.items()} if images else {}
-
-
-def _waits(config: ConfigDict, fraction: float) -> str:
-    return (
-        f"waits for images {fraction:.0%} of the time: raise --config.data.threads, now {config.data.threads}, up to "
-        f"the {os.cpu_count()} cores; and where images are not stored at their size, prepare them: "
-        f"python -m alexnet_jax.prepare {config.data.name} --size={config.data.image_size}"
-    )
 
 
 def _passes(step: int, period: float) -> bool:

@@ -267,37 +267,35 @@ def test_a_stock_set_that_needs_tensorflow_says_so(tmp_path: Path, capsys, monke
     assert "no such data set" in run(capsys, "fashion_mnits", f"--data_dir={tmp_path}")
 
 
-with tfds.core.registered.skip_registration():
+class Stock(tfds.core.GeneratorBasedBuilder):
+    """As TFDS has imagenette: JPEGs of any size."""
 
-    class Stock(tfds.core.GeneratorBasedBuilder):
-        """As TFDS has imagenette: JPEGs of any size."""
+    name = "stock"
+    VERSION = tfds.core.Version("1.0.0")
+    files: Path
 
-        name = "stock"
-        VERSION = tfds.core.Version("1.0.0")
-        files: Path
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(num_classes=2),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
-        def _info(self):
-            features = {
-                "image": tfds.features.Image(encoding_format="jpeg"),
-                "label": tfds.features.ClassLabel(num_classes=2),
-            }
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(self.files / split) for split in ("train", "val")}
 
-        def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(self.files / split) for split in ("train", "val")}
-
-        def _generate_examples(self, folder):
-            for file in folder.rglob("*.jpg"):
-                yield str(file), {"image": file, "label": int(file.parent.name == "dog")}
+    def _generate_examples(self, folder):
+        for file in folder.rglob("*.jpg"):
+            yield str(file), {"image": file, "label": int(file.parent.name == "dog")}
 
 
 def test_a_set_of_photos_in_the_catalogue_is_stored_again_as_squares(photos, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(Stock, "files", photos, raising=False)
-    Stock(data_dir=tmp_path).download_and_prepare(file_format="array_record")
-    as_it_is = load("stock", tmp_path, 48, "val")
+    assert "stock: TFDS prepares it with TensorFlow" in run(capsys, "stock", f"--data_dir={tmp_path}")
+    monkeypatch.setattr(originals.importlib.util, "find_spec", lambda name: True)
     said = run(capsys, "stock", f"--data_dir={tmp_path}", "--size=48")
     assert "train 40, val 10 images of 2 classes" in said
-    squares = load("stock", tmp_path, 48, "val")
+    squares, as_it_is = (load(name, tmp_path, 48, "val") for name in ("stock", "stock:1.0.0"))
     assert squares.folder == tmp_path / "stock" / "48px" / "1.0.0"
     labels = [[int(source[i]["label"]) for i in range(40)] for source in (as_it_is.train, squares.train)]
     assert sorted(labels[0]) == sorted(labels[1])
