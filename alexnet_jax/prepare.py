@@ -2,7 +2,7 @@
 
 FOLDER holds pictures of your own: train/CLASS/PICTURE, and those held out as val/CLASS/PICTURE or test/CLASS/PICTURE.
 NAME is cifar10, cifar100 or imagenet2012, which are made of their archives in --manual_dir, or a classification set of
-the TFDS catalogue, most of which TFDS makes with TensorFlow: pip install 'alexnet-jax[tf]'.
+the TFDS catalogue, most of which TFDS makes with TensorFlow: pip install tensorflow-cpu, the extra [tf].
 
 Photos are stored as the paper has them (section 2): shorter side scaled to 256 pixels, then the central square, in
 colour. A picture that cannot be read is named, and then nothing is made, unless --skip_bad leaves such pictures out.

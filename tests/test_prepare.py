@@ -263,7 +263,7 @@ def test_a_stock_set_that_needs_tensorflow_says_so(tmp_path: Path, capsys, monke
     monkeypatch.setattr(originals.importlib.util, "find_spec", lambda name: None)
     said = run(capsys, "fashion_mnist", f"--data_dir={tmp_path}")
     assert "fashion_mnist: TFDS prepares it with TensorFlow, which is not installed" in said
-    assert "pip install 'alexnet-jax[tf]'" in said
+    assert "pip install tensorflow-cpu" in said
     assert "no such data set" in run(capsys, "fashion_mnits", f"--data_dir={tmp_path}")
 
 
