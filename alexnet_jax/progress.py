@@ -56,7 +56,10 @@ class Clock:
         self._complained = False
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time until each is there counts as waiting, unless the clock is not running yet."""
+        """The same batches; the time until each is there counts as waiting, unless the clock is not running yet.
+
+        On an asynchronous device that is the host's waiting, during which the device may still be busy.
+        """
         while True:
             began = time.monotonic()
             batch = next(batches, None)
