@@ -98,7 +98,7 @@ def tiny() -> ConfigDict:
     return run_config(**TINY)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quickly_compiled() -> Iterator[None]:
     """For functions that are called once."""
     jax.config.update("jax_disable_most_optimizations", True)

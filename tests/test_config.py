@@ -11,6 +11,8 @@ from alexnet_jax import config as config_lib
 from alexnet_jax import study
 from configs import base, scales
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 STUDIES = sorted(path.stem for path in (REPOSITORY / "configs").glob("ablation_*.py"))
 
 

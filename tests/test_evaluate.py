@@ -15,6 +15,8 @@ from alexnet_jax import augment, batches, checkpoint, data, evaluate, model, tra
 from alexnet_jax.checkpoint import Weights
 from alexnet_jax.towers import AXIS, Executor
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))

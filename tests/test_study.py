@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from alexnet_jax import study
 from configs import ablation_lrn
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def tiny_study(**changes: object) -> ConfigDict:
     config = ablation_lrn.get_config()

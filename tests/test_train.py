@@ -22,6 +22,8 @@ from alexnet_jax.batches import train_batches
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.towers import Executor
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 TIMES = {"images_per_second", "seconds", "data/wait_fraction"}
 
 
