@@ -227,8 +227,8 @@ def catalogue(name: str, data_dir: str) -> Originals | None:
     if not data.is_prepared(builder):
         if importlib.util.find_spec("tensorflow") is None:
             raise ValueError(
-                f"{name}: TFDS prepares it with TensorFlow, which is not installed: pip install tensorflow-cpu, which is "
-                "the extra [tf]. Training reads it without."
+                f"{name}: TFDS prepares it with TensorFlow, which is not installed: pip install tensorflow-cpu (the "
+                "extra [tf]). Training reads it without."
             )
         builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)
     image, label = data.example_keys(builder)
