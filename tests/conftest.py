@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -170,9 +171,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TFDS folder with cifar10_jpeg and imagenette_224."""
+    """A TFDS folder with imagenette_224."""
     if not SHARED_IMAGES.exists():
         pytest.skip(f"real images are prepared by {SHARED_IMAGES.relative_to(REPOSITORY.parent)}, which is not here")
     folder = tmp_path_factory.mktemp("tfds")
-    subprocess.run([sys.executable, SHARED_IMAGES, f"--data_dir={folder}"], check=True, capture_output=True)
+    prepare = runpy.run_path(str(SHARED_IMAGES))
+    prepare["Imagenette224"](data_dir=folder, file_format="array_record").download_and_prepare()
     return folder

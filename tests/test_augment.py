@@ -34,7 +34,7 @@ def random_inputs(batch: np.ndarray, config: ConfigDict, seed: int = 0, **argume
     return np.asarray(augment.random_inputs(batch, config, pixels, jax.random.key(seed), **arguments))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(size=st.integers(1, 9), border=st.integers(0, 4), flip=st.booleans(), seed=st.integers(0, 2**32 - 1))
 @pytest.mark.parametrize("subtract", ["mean_image", "central_mean_image"])
 def test_a_random_view_is_a_crop_less_the_mean_or_the_mirror_of_one(
@@ -65,7 +65,7 @@ def test_every_crop_and_mirror_comes_up_about_equally_often() -> None:
     assert counts.max() < 222 + 5 * 14.5
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(size=st.integers(1, 9), border=st.integers(0, 5))
 def test_ten_views_are_corners_and_centre_and_their_mirror_images(size: int, border: int) -> None:
     """Against a transcription of section 4.1 to NumPy."""

@@ -1,6 +1,8 @@
 """No field is dead, each arm changes its keys and nothing else, and a slip is answered with the way out."""
 
 import importlib
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,42 +105,39 @@ def test_an_arm_that_changes_what_is_not_there_is_answered_with_the_nearest_key(
         config_lib.run_config(config, "wrong", 0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--config.model.lrm.enabled=False"],
-            "unknown config key 'model.lrm.enabled'; did you mean model.lrn.enabled",
-        ),
-        (["--config.model.dropuot.rate=0"], "unknown config key 'model.dropuot.rate'; did you mean model.dropout.rate"),
-        (["--config.train.batch_size=many"], "--config.train.batch_size=many"),
-        (["--config.model.activation=rely"], "model.activation='rely': must be one of relu, tanh"),
-        (["--config.seeds=(1,1)"], "different seeds"),
-        (["surplus"], "unknown argument 'surplus'"),
-    ],
-)
-def test_a_slip_on_the_command_line_is_one_clear_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+STUDY = "--config=configs/ablation_lrn.py"
+SLIPS = {
+    (
+        STUDY,
+        "--config.model.lrm.enabled=False",
+    ): "key 'model.lrm.enabled'; did you mean model.lrn.enabled",
+    (
+        STUDY,
+        "--config.model.dropuot.rate=0",
+    ): "key 'model.dropuot.rate'; did you mean model.dropout.rate",
+    (STUDY, "--config.train.batch_size=many"): "--config.train.batch_size=many",
+    (STUDY, "--config.model.activation=rely"): "model.activation='rely': must be one of relu, tanh",
+    (STUDY, "--config.seeds=(1,1)"): "different seeds",
+    (STUDY, "surplus"): "unknown argument 'surplus'",
+    ("--config=configs/ablation_lrn.py:cifar11",): "no scale is called 'cifar11'; after the colon goes one of: ",
+    ("--config=configs/ablation_lnr.py",): "configs/ablation_lnr.py",
+    (): "say which study: --config=configs/ablation_lrn.py",
+}
+
+
+def test_a_slip_on_the_command_line_is_one_clear_line(tmp_path: Path) -> None:
+    """Two commands at a time: most of each is the start."""
     workdir = tmp_path / "study"
-    done = command("alexnet_jax.main", "--config=configs/ablation_lrn.py", f"--workdir={workdir}", *arguments)
-    assert done.returncode == 1
-    assert message in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
+
+    def give(arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+        return command("alexnet_jax.main", f"--workdir={workdir}", *arguments)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done, message in zip(pool.map(give, SLIPS), SLIPS.values(), strict=True):
+            assert done.returncode == 1
+            assert message in done.stderr + done.stdout
+            assert "Traceback" not in done.stderr
     assert not workdir.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config=configs/ablation_lrn.py:cifar11"], "no scale is called 'cifar11'; after the colon goes one of: "),
-        (["--config=configs/ablation_lnr.py"], "configs/ablation_lnr.py"),
-        ([], "say which study: --config=configs/ablation_lrn.py"),
-    ],
-)
-def test_a_study_that_is_not_there_is_one_clear_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = command("alexnet_jax.main", f"--workdir={tmp_path / 'study'}", *arguments)
-    assert done.returncode == 1
-    assert message in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

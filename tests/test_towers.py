@@ -204,14 +204,14 @@ dataset, executor = train.prepare(config)
 assert executor.name == "pmap"
 step = train.train_step(config, dataset, any_pixels(config, 1), executor)
 state = executor.place(train.init_state(config, dataset))
-for number, batch in enumerate(batches.train_batches(dataset.train, config, seed=0, start=0, stop=2000), 1):
+for number, batch in enumerate(batches.train_batches(dataset.train, config, seed=0, start=0, stop=1500), 1):
     state = step(state, batch, np.uint32(0), np.int32(number), np.int32(0))
 print("steps", int(state.sums["images"][0]) // config.train.batch_size)
 """
 
 
 @pytest.mark.slow
-def test_two_thousand_steps_on_a_busy_machine_never_stop() -> None:
+def test_fifteen_hundred_steps_on_a_busy_machine_never_stop() -> None:
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         done = run_script(SOAK)
@@ -220,7 +220,7 @@ def test_two_thousand_steps_on_a_busy_machine_never_stop() -> None:
             process.kill()
             process.wait()
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "steps 2000\n"
+    assert done.stdout == "steps 1500\n"
 
 
 LOST = """

@@ -128,12 +128,15 @@ def test_a_killed_command_goes_on_bit_equal_when_given_again(tmp_path: Path) -> 
         return json.loads(lines[-1])["step"] if lines else 0
 
     arguments = {"cwd": REPOSITORY, "stdout": subprocess.DEVNULL, "env": os.environ}
-    subprocess.run([*command, f"--workdir={tmp_path / 'whole'}"], check=True, **arguments)
-    with subprocess.Popen([*command, f"--workdir={tmp_path / 'killed'}"], **arguments) as process:
+    with (
+        subprocess.Popen([*command, f"--workdir={tmp_path / 'whole'}"], **arguments) as whole,
+        subprocess.Popen([*command, f"--workdir={tmp_path / 'killed'}"], **arguments) as process,
+    ):
         while last_step("killed") < 75:
             assert process.poll() is None
             time.sleep(0.02)
         process.kill()
+        assert whole.wait() == 0
     assert last_step("killed") < 200
     assert records.result(folder("killed")) is None
     subprocess.run([*command, f"--workdir={tmp_path / 'killed'}"], check=True, **arguments)
