@@ -113,7 +113,8 @@ def get_config(scale: str = "imagenet2012", among: Iterable[str] = scales.SCALES
     config.data.data_dir = ""  # where data sets are; empty: TFDS's own default
     config.data.train_split = "train"
     config.data.eval_split = "validation"  # the errors reported are on this split
-    # What decides on cuts of the rate (optim.stall). Empty: every so-manieth training image, not trained on then.
+    # What decides on cuts of the rate (optim.stall): a split, or, where empty, every 20th training image, which is then
+    # not trained on.
     config.data.validation_split = ""
     config.data.validation_every = 20
     config.data.image_size = 256  # pixels: shorter side scaled to it, then the central square, section 2
