@@ -127,19 +127,19 @@ def cifar(classes: int, manual: Path) -> Originals:
     labels = {10: 1, 100: 2}[classes]  # bytes; CIFAR-100 has a coarse one before the fine one
     archive = _archive(manual / f"cifar-{classes}-binary.tar.gz", "its web page is www.cs.toronto.edu/~kriz/cifar.html")
 
-    def member(name: str) -> bytes:
+    def members(*names: str) -> bytes:
         with _opened(archive) as tar:
-            return _extract(tar, tar.getmember(f"{inside}/{name}"))
+            return b"".join(_extract(tar, tar.getmember(f"{inside}/{name}")) for name in names)
 
     def read(split: str) -> Iterator[Original]:
-        rows = np.frombuffer(b"".join(map(member, files[split])), np.uint8)
+        rows = np.frombuffer(members(*files[split]), np.uint8)
         examples = rows.reshape(-1, labels + 3 * CIFAR_SIDE**2)
         _check_count(archive, split, len(examples), CIFAR_COUNTS[split])
         for number, example in enumerate(examples):
             image = example[labels:].reshape(3, CIFAR_SIDE, CIFAR_SIDE).transpose(1, 2, 0)
             yield Original(f"{split}_{number}", int(example[labels - 1]), image)
 
-    return Originals(f"cifar{classes}", member(names_file).decode().split(), CIFAR_COUNTS, read, CIFAR_SIDE)
+    return Originals(f"cifar{classes}", members(names_file).decode().split(), CIFAR_COUNTS, read, CIFAR_SIDE)
 
 
 def imagenet2012(manual: Path) -> Originals:

@@ -33,10 +33,8 @@ class Pixels(NamedTuple):
 
 def read(path: Path) -> Pixels | None:
     """What ``write`` wrote; None where there is no such file."""
-    if not path.exists():
-        return None
-    with np.load(path) as held:
-        return Pixels(*(held[name] for name in Pixels._fields))
+    held = _read(path)
+    return None if held is None else Pixels(**held)
 
 
 def write(path: Path, pixels: Pixels) -> None:
@@ -83,9 +81,8 @@ def _stored_moments(dataset: DataSet, config: ConfigDict) -> tuple[np.ndarray, n
     if dataset.folder is None:
         return moments(dataset, config)
     path = dataset.folder / f"pixels_{dataset.fingerprint}.npz"
-    if path.exists():
-        with np.load(path) as held:
-            return held["image"], held["covariance"]
+    if held := _read(path):
+        return held["image"], held["covariance"]
     image, covariance = moments(dataset, config)
     with contextlib.suppress(OSError):  # a folder that cannot be written to: they will be measured again
         _write(path, {"image": image, "covariance": covariance})
@@ -115,6 +112,13 @@ def moments(dataset: DataSet, config: ConfigDict) -> tuple[np.ndarray, np.ndarra
     mean = total / count
     pixel = mean.mean((0, 1))
     return mean, products / (count * config.image_size**2) - np.outer(pixel, pixel)
+
+
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    if not path.exists():
+        return None
+    with np.load(path) as held:
+        return dict(held)
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:

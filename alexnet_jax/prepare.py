@@ -42,7 +42,7 @@ with tfds.core.registered.skip_registration():  # or it would take the place of 
             self._source, self._size, self._skip_bad, self._bar = source, size, skip_bad, bar
             self._bad: list[str] = []
             config = tfds.core.BuilderConfig(name=data.prepared_config(size))
-            super().__init__(data_dir=data_dir or None, config=config)
+            super().__init__(data_dir=data.root(data_dir), config=config)
 
         def _info(self) -> tfds.core.DatasetInfo:
             encoding = "jpeg" if self._source.size is None else "png"
@@ -180,11 +180,11 @@ def main(argv: list[str] | None = None) -> None:
     info = tfds.builder_from_directory(target).info
     counts = ", ".join(f"{split} {of_split.num_examples:,}" for split, of_split in info.splits.items())
     bad = (info.metadata or {}).get("bad_pictures", 0)
-    held_out = [split for split in info.splits if split != "train"]
+    held_out = [f" --config.data.eval_split={split}" for split in info.splits if split != "train"][:1]
     print(
         f"{target}: {counts} images of {len(source.classes)} classes"
         + (f"; {bad} pictures could not be read and are left out" if bad else "")
-        + f"\ntrain on it with --config.data.name={source.name} --config.data.eval_split={held_out[0]}"
+        + f"\ntrain on it with --config.data.name={source.name}{''.join(held_out)}"
         + (f" --config.data.data_dir={arguments.data_dir}" if arguments.data_dir else "")
     )
 
