@@ -76,19 +76,23 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def run_config(study: ConfigDict, arm: str, seed: int) -> ConfigDict:
+def run_config(study: ConfigDict, arm: str, seed: int, changes: dict[str, Any] | None = None) -> ConfigDict:
     """The config of one run: the study's base, what the arm changes, and ``seed``.
 
+    Args:
+      changes: what else is changed; dotted keys.
+
     Raises:
-      ValueError: the arm names a key that does not exist, or gives a value of another type.
+      ValueError: the arm, or a change, names a key that does not exist, or gives a value of another type.
     """
     config = ConfigDict({section: study[section].to_dict() for section in SECTIONS})
     config.lock()
-    for key in flatten(study.arms[arm]):
+    for key in [*flatten(study.arms[arm]), *(changes or {})]:
         if not _has(config, key):
             raise ValueError(f"arm {arm!r}: {_unknown(config, key)}")
     try:
         config.update(study.arms[arm].to_dict())
+        config.update_from_flattened_dict(changes or {})
     except TypeError as error:
         raise ValueError(f"arm {arm!r}: {error}") from None
     with config.unlocked():
@@ -189,6 +193,7 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
     yield "eval.batch_size", _at_least(1)
     yield "eval.views", _Rule(lambda views: views in (1, 10), "1 or 10")
     yield "eval.every_epochs", _POSITIVE
+    yield "eval.train_images", _at_least(1)
     yield "seed", _Rule(lambda seed: 0 <= seed < 2**32, "from 0 to 2**32 - 1")
 
 

@@ -242,6 +242,11 @@ class _Part:
         return f"part of {self._source}"
 
 
+def evenly(source: Source, count: int) -> Source:
+    """So many of a source's examples, or all where there are no more, at even distances."""
+    return _Part(source, np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
+
+
 class Arrays:
     """Examples in memory."""
 

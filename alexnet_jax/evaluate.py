@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +76,26 @@ def averaged(logits: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0)
 
 
-def means(
-    predictions: Sequence[Callable[[Any], jax.Array]], source: data.Source, config: ConfigDict
-) -> dict[str, float]:
-    """Loss and errors over all images of a source, of the mean of the probabilities of one or more nets.
+class Outcomes(NamedTuple):
+    """What became of each image of a source, in its order; each is an array (images,).
+
+    Attributes:
+      metrics: loss, top1_error and top5_error, as of ``per_image``.
+      labels: the right classes.
+      predicted: the classes that were found most probable.
+    """
+
+    metrics: dict[str, np.ndarray]
+    labels: np.ndarray
+    predicted: np.ndarray
+
+    def means(self) -> dict[str, float]:
+        """Loss and errors over all images."""
+        return {name: float(values.mean(dtype=np.float64)) for name, values in self.metrics.items()}
+
+
+def outcomes(predictions: Sequence[Callable[[Any], jax.Array]], source: data.Source, config: ConfigDict) -> Outcomes:
+    """Evaluates every image of a source once, by the mean of the probabilities of one or more nets.
 
     Args:
       predictions: functions from a batch of uint8 images to logits.
@@ -88,22 +104,21 @@ def means(
     Raises:
       RuntimeError: an image was missed or counted twice.
     """
-    sums: dict[str, float] = {}
+    found: list[Any] = []
     for batch in batches.all_batches(source, config):
         logits = np.stack([predict(batch["image"]) for predict in predictions])
-        of_batch = _masked_sums(logits, batch["label"], batch["mask"])
-        for name, value in jax.device_get(of_batch).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    count = sums.pop("count")
-    if count != len(source):
-        raise RuntimeError(f"counted {count:.0f} of {len(source)} held-out images")
-    return {name: value / count for name, value in sums.items()}
+        of_batch = Outcomes(*jax.device_get(_of_batch(logits, batch["label"])))
+        found.append(jax.tree.map(lambda values, mask=batch["mask"]: values[mask], of_batch))
+    together = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+    if len(together.labels) != len(source):
+        raise RuntimeError(f"counted {len(together.labels)} of {len(source)} held-out images")
+    return together
 
 
 @jax.jit
-def _masked_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    metrics = per_image(averaged(logits), labels) | {"count": jnp.ones(len(labels))}
-    return {name: jnp.sum(values, where=mask) for name, values in metrics.items()}
+def _of_batch(logits: jax.Array, labels: jax.Array) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+    mean = averaged(logits)
+    return per_image(mean, labels), labels, mean.argmax(axis=-1)
 
 
 def evaluate_runs(workdirs: Sequence[Path], *, views: int | None = None, data_dir: str | None = None) -> dict[str, Any]:
@@ -144,9 +159,9 @@ def evaluate_runs(workdirs: Sequence[Path], *, views: int | None = None, data_di
         executor = Executor(config.train.executor, config.model.towers)
         predict = predictor(config, run.classes, run.pixels, executor)
         predictions[str(workdir)] = functools.partial(predict, executor.place(run.params))
-    errors = {name: means([predict], dataset.evaluation, common) for name, predict in predictions.items()}
+    errors = {name: outcomes([predict], dataset.evaluation, common).means() for name, predict in predictions.items()}
     if others:
-        errors["average"] = means(list(predictions.values()), dataset.evaluation, common)
+        errors["average"] = outcomes(list(predictions.values()), dataset.evaluation, common).means()
     return {
         "data": common.data.name,
         "split": common.data.eval_split,

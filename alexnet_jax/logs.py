@@ -15,6 +15,28 @@ from tensorboardX.summary import hparams as hparams_summaries
 
 from alexnet_jax import records
 
+# What TensorBoard's custom scalars tab shows of all runs together.
+LAYOUT = {
+    "errors": {
+        "held-out images, top-1": ["Multiline", ["^eval/top1_error$"]],
+        "held-out images, top-5": ["Multiline", ["^eval/top5_error$"]],
+        "training images, seen as held-out ones are": ["Multiline", ["^train_eval/top1_error$"]],
+        "training batches": ["Multiline", ["^train/top1_error$"]],
+    },
+    "losses": {
+        "held-out images": ["Multiline", ["^eval/loss$"]],
+        "training batches": ["Multiline", ["^train/loss$"]],
+    },
+    "speed": {"images a second": ["Multiline", ["^images_per_second$"]]},
+}
+
+
+def write_layout(study: Path) -> None:
+    """Has TensorBoard arrange the charts of a study's runs; does nothing where that was done."""
+    if not list(study.glob("events.out.tfevents.*")):
+        with SummaryWriter(str(study)) as writer:
+            writer.add_custom_scalars(LAYOUT)
+
 
 class Logs:
     """The records of one run; a context manager."""
@@ -102,24 +124,3 @@ class Logs:
         # The summaries go into the run's own file: SummaryWriter.add_hparams would open a second run for them.
         for summary in hparams_summaries(flat, metrics):
             self._tensorboard.file_writer.add_summary(summary)
-
-
-def kernels_picture(kernels: np.ndarray) -> np.ndarray:
-    """First-layer kernels as the paper's figure 3 shows them: one tower's in the upper rows, the next one's below.
-
-    Args:
-      kernels: (towers, height, width, channels, features) with 1 or 3 channels.
-
-    Returns:
-      (height, width, 3) from 0 to 1; each kernel is scaled to its own largest value, grey is zero.
-    """
-    towers, height, width, _, features = kernels.shape
-    columns = min(features, 16)
-    rows = -(-features // columns)
-    kernels = kernels / np.abs(kernels).max(axis=(1, 2, 3), keepdims=True).clip(1e-12)
-    picture = np.full((towers * rows, height + 1, columns, width + 1, 3), 1.0)
-    for tower in range(towers):
-        for feature in range(features):
-            row, column = divmod(feature, columns)
-            picture[tower * rows + row, :height, column, :width] = 0.5 + 0.5 * kernels[tower, ..., feature]
-    return picture.reshape(towers * rows * (height + 1), columns * (width + 1), 3)

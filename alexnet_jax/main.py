@@ -10,9 +10,13 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from alexnet_jax import config, study, towers
+from alexnet_jax import config, dry_run, study, towers
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The study's folder; by default runs/, then the config's name.")
+
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Prints the runs, their size and an estimate of the time; runs none.")
+_ONLY = flags.DEFINE_list("only", [], "Arms to run, with commas; by default all.")
+_SEEDS = flags.DEFINE_string("seeds", None, "Seeds to run, as 0:5 or 0,2,4; by default the study's.")
 
 
 def main(argv: list[str]) -> None:
@@ -22,11 +26,17 @@ def main(argv: list[str]) -> None:
     if config.FLAG.value is None:
         raise app.UsageError("say which study: --config=configs/ablation_lrn.py")
     logging.getLogger().setLevel(logging.ERROR)  # the libraries' chatter would drown the runs' own lines
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    folder = Path(_WORKDIR.value or Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem)
     towers.ensure_host_devices(config.FLAG.value.model.towers)
     try:
-        study.run_study(config.FLAG.value, _WORKDIR.value or Path("runs") / name)
-    except (ValueError, FloatingPointError) as error:
+        if _SEEDS.value is not None:
+            config.FLAG.value.seeds = study.parse_seeds(_SEEDS.value)
+        if _DRY_RUN.value:
+            dry_run.print_plan(config.FLAG.value, folder, _ONLY.value)
+        elif failed := study.run_study(config.FLAG.value, folder, _ONLY.value):
+            names = "; ".join(run.name for run in failed)
+            sys.exit(f"{len(failed)} run(s) failed: {names}. The same command tries them again")
+    except ValueError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt as stopped:
         sys.exit(f"{stopped}\nthe same command goes on from there")

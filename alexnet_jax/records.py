@@ -13,6 +13,9 @@ from typing import Any
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
+FAILURE = "failure.json"  # what ended a run that failed
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name to write a file to, which becomes ``path`` once it is whole, or is deleted; makes its folder."""
@@ -51,6 +54,15 @@ def complete_lines(path: Path) -> list[str]:
 def result(workdir: Path) -> dict[str, Any] | None:
     """The result of a finished run; None where it is not finished."""
     return read_json(workdir / "result.json")
+
+
+def status(workdir: Path) -> str:
+    """Of a run: "finished", "failed", "unfinished" or "not started"."""
+    if result(workdir) is not None:
+        return "finished"
+    if (workdir / FAILURE).exists():
+        return "failed"
+    return "unfinished" if workdir.exists() else "not started"
 
 
 def check_config(workdir: Path, config: dict[str, Any]) -> None:

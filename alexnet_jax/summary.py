@@ -109,6 +109,20 @@ def rows(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) ->
     return table
 
 
+def sizes(config: ConfigDict, classes: int, channels: int) -> dict[str, Any]:
+    """How large a net is: parameters, multiply-adds for one image, and maps, by layer.
+
+    Args:
+      config: of a run.
+    """
+    layers = rows(config.model, classes, (config.data.crop, config.data.crop, channels))
+    return {
+        "parameters": sum(row.parameters for row in layers),
+        "multiply_adds": sum(row.multiply_adds for row in layers),
+        "maps": {row.name: "x".join(map(str, row.maps)) for row in layers},
+    }
+
+
 def table(layers: list[Row], towers: int) -> Table:
     """The rows as they are printed, with totals and what one tower has of them."""
     printed = Table(title="multiply-adds and exchanged values are those of one image", title_justify="left")

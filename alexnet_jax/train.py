@@ -18,10 +18,10 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, batches, data, evaluate, model, optim, pixels, records
+from alexnet_jax import augment, batches, data, evaluate, kernels, model, optim, panels, pixels, records
 from alexnet_jax.checkpoint import Checkpoints, Weights
 from alexnet_jax.config import as_json, validate
-from alexnet_jax.logs import Logs, kernels_picture
+from alexnet_jax.logs import Logs
 from alexnet_jax.pixels import Pixels
 from alexnet_jax.progress import Clock, Progress
 from alexnet_jax.towers import AXIS, Executor
@@ -48,7 +48,7 @@ def prepare(config: ConfigDict) -> tuple[data.DataSet, Executor]:
       ValueError: a value, the data set, the devices or the shapes do not fit; the message says what to do.
     """
     validate(config)
-    dataset = data.load(config.data, validation=config.optim.stall.evaluations > 0)
+    dataset = data.load(config.data, validation=config.eval.validation or config.optim.stall.evaluations > 0)
     if config.train.batch_size > len(dataset.train):
         raise ValueError(
             f"train.batch_size={config.train.batch_size}: must be at most the {len(dataset.train)} "
@@ -74,11 +74,17 @@ def steps_per_epoch(config: ConfigDict, dataset: data.DataSet) -> float:
     return len(dataset.train) / config.train.batch_size
 
 
+def count_steps(config: ConfigDict, dataset: data.DataSet) -> int:
+    """Of the whole run."""
+    return max(1, round(config.train.epochs * steps_per_epoch(config, dataset)))
+
+
 def init_state(config: ConfigDict, dataset: data.DataSet) -> State:
     """The state before the first step: a function of the config's seed."""
     shape = (config.data.crop, config.data.crop, dataset.channels)
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    return start(config, model.init(config.model, dataset.classes, shape, key))
+    init = jax.jit(partial(model.init, config.model, dataset.classes, shape))  # one program, not one for each draw
+    return start(config, init(key))
 
 
 def start(config: ConfigDict, params: Any) -> State:
@@ -172,10 +178,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
 
     first_layer = config.model.order[0]
     epoch = steps_per_epoch(config, dataset)
-    steps = max(1, round(config.train.epochs * epoch))
+    steps = count_steps(config, dataset)
     run_step = train_step(config, dataset, seen, executor)
     predict = evaluate.predictor(config, dataset.classes, seen, executor)
-    held_out = {"eval": dataset.evaluation} | ({"validation": dataset.validation} if dataset.validation else {})
+    evaluated = {"eval": dataset.evaluation, "train_eval": data.evenly(dataset.train, config.eval.train_images)}
+    evaluated |= {"validation": dataset.validation} if dataset.validation else {}
 
     with Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints) as checkpoints, _stop_asked() as stop:
         state = executor.place(init_state(config, dataset))
@@ -207,16 +214,21 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                         state = state.replace(sums=executor.place(no_sums(config.model.towers)))
                 if last or _passes(step, epoch * config.eval.every_epochs):
                     with clock.paused(state):
-                        errors = {
-                            f"{part}/{name}": value
-                            for part, source in held_out.items()
-                            for name, value in evaluate.means([partial(predict, state.params)], source, config).items()
+                        outcomes = {
+                            part: evaluate.outcomes([partial(predict, state.params)], source, config)
+                            for part, source in evaluated.items()
                         }
-                        progress.metrics |= logs.write(step, {"epoch": step / epoch, **errors})
-                        if "validation" in held_out:
-                            progress.stall = progress.stall.after(errors["validation/top1_error"], config.optim.stall)
-                        kernels = jax.device_get(state.params[first_layer]["kernel"])
-                        logs.image(step, f"{first_layer}/kernels", kernels_picture(kernels))
+                        first_kernels = jax.device_get(state.params[first_layer]["kernel"])
+                        found = {f"{part}/{k}": v for part, each in outcomes.items() for k, v in each.means().items()}
+                        found |= kernels.colour_metrics(first_kernels)
+                        progress.metrics |= logs.write(step, {"epoch": step / epoch, **found})
+                        if "validation" in evaluated:
+                            progress.stall = progress.stall.after(found["validation/top1_error"], config.optim.stall)
+                        logs.image(step, f"{first_layer}/kernels", kernels.picture(first_kernels))
+                    if last:
+                        mistakes = panels.mistakes(outcomes["eval"], dataset, config.data.image_size)
+                        logs.image(step, "eval/mistakes", mistakes)
+                        _keep(workdir, first_kernels, outcomes["eval"], dataset)
                 if last or step % config.train.checkpoint_every == 0 or stop.is_set():
                     with clock.paused(state):
                         _means(state, step)  # a net that has diverged is not saved
@@ -236,6 +248,16 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
             logs.hparams(labels or {"seed": config.seed}, {k: v for k, v in result.items() if k.startswith("eval/")})
     records.write_json(workdir / "result.json", result)
     return result
+
+
+def _keep(workdir: Path, kernels: np.ndarray, outcomes: evaluate.Outcomes, dataset: data.DataSet) -> None:
+    """What the report shows of a trained net: its first kernels, and its errors by class."""
+    with records.whole(workdir / "kernels.npy") as unfinished, unfinished.open("wb") as file:
+        np.save(file, kernels)
+    images = np.bincount(outcomes.labels, minlength=dataset.classes)
+    wrong = np.bincount(outcomes.labels, weights=outcomes.metrics["top1_error"], minlength=dataset.classes)
+    errors = [float(error) if n else None for error, n in zip(wrong / np.maximum(images, 1), images, strict=True)]
+    records.write_json(workdir / "by_class.json", {"class": list(dataset.class_names), "top1_error": errors})
 
 
 def _about(config: ConfigDict, dataset: data.DataSet) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Convolutional Neural Networks (NIPS 2012). Where the text is silent, the authors
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
@@ -58,6 +59,42 @@ def _of_its_own() -> dict[str, object]:
         "cut_epochs": placeholder(tuple),  # of its weights' rate; None: optim.cut_epochs
         "freeze_epoch": placeholder(float),  # from here on its rates are 0; None: never
     }
+
+
+def claim(
+    arm: str, metric: str, source: str, *, difference: float | None = None, ratio: float | None = None
+) -> dict[str, object]:
+    """What the paper says of an arm: that its metric is higher than the first arm's, and by how much, if it says so.
+
+    Args:
+      metric: a column of results.csv.
+      source: where the paper says it.
+      difference: the arm's less the first arm's; errors are fractions of 1.
+      ratio: the arm's over the first arm's; it may say, by being less than 1, that the arm's is lower.
+    """
+    return locals()
+
+
+def study(
+    scale: str,
+    arms: dict[str, Any],
+    claims: tuple[dict[str, object], ...] = (),
+    changes: dict[str, Any] | None = None,
+    seeds: tuple[int, ...] = (0, 1, 2),
+) -> ConfigDict:
+    """A study at a scale.
+
+    Args:
+      arms: what each changes; the first is what the others are held against.
+      claims: what the paper says of them.
+      changes: of the base, for all arms.
+    """
+    config = get_config(scale)
+    config.update(changes or {})
+    config.arms = ConfigDict(arms, sort_keys=False)
+    config.claims = tuple(said for said in claims if said["arm"] in arms)
+    config.seeds = seeds
+    return config
 
 
 def get_config(scale: str = "imagenet2012", among: Iterable[str] = scales.SCALES) -> ConfigDict:
@@ -170,10 +207,20 @@ def get_config(scale: str = "imagenet2012", among: Iterable[str] = scales.SCALES
     config.eval.batch_size = 250
     config.eval.views = 1  # the centre crop; or 10: corners, centre and their mirror images, averaged, section 4.1
     config.eval.every_epochs = 1.0
+    # Training images, evaluated as the held-out ones are, to tell fitting from generalising.
+    config.eval.train_images = 1000
+    config.eval.validation = False  # whether images to decide on are kept apart; optim.stall has them in any case
 
     # A study runs every arm with every seed. An arm is what it changes of the above; the first is the reference.
     config.arms = ConfigDict({"base": {}}, sort_keys=False)
     config.seeds = (0,)
+    config.claims = ()  # what the paper says of the arms
+    # A field that each arm first chooses for itself, by the lowest error on validation images.
+    config.tuning = ConfigDict()
+    config.tuning.key = ""  # such as "optim.learning_rate"; empty: none
+    config.tuning.choices = ()  # its values
+    config.tuning.epochs = placeholder(float)  # that each of them is tried for; None: train.epochs
+    config.tuning.seed = 1000
 
     scales.apply(config, scale, among)
     return config

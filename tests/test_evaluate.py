@@ -76,8 +76,11 @@ def test_means_are_those_over_all_images_at_once(held_out, executor: str, batch_
     seen, towers = any_pixels(config, 1), Executor(executor, 2)
     predict = evaluate.predictor(config, 10, seen, towers)
     images, labels, source = held_out
-    found = evaluate.means([partial(predict, towers.place(params))], source, config)
-    assert found == pytest.approx(errors(probabilities(config, params, seen, images, views), labels), rel=1e-4)
+    outcomes = evaluate.outcomes([partial(predict, towers.place(params))], source, config)
+    expected = probabilities(config, params, seen, images, views)
+    assert outcomes.means() == pytest.approx(errors(expected, labels), rel=1e-4)
+    np.testing.assert_array_equal(outcomes.labels, labels)
+    np.testing.assert_array_equal(outcomes.predicted, expected.argmax(axis=-1))
 
 
 def test_errors_count_the_best_one_and_the_best_five() -> None:
@@ -105,7 +108,7 @@ def test_a_missed_image_is_an_error(monkeypatch: pytest.MonkeyPatch, tiny) -> No
     read = list(batches.all_batches(dataset.evaluation, tiny))
     monkeypatch.setattr(evaluate.batches, "all_batches", lambda *_: read)
     with pytest.raises(RuntimeError, match="counted 1000 of 1001 held-out images"):
-        evaluate.means([lambda images: np.zeros((len(images), 10))], Short(dataset.evaluation), tiny)
+        evaluate.outcomes([lambda images: np.zeros((len(images), 10))], Short(dataset.evaluation), tiny)
 
 
 @pytest.fixture(scope="module")

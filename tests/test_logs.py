@@ -4,7 +4,6 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -61,21 +60,3 @@ def test_a_terminal_shows_a_bar_with_loss_speed_and_time_left(tmp_path: Path, mo
     for text in ("10/20", "loss 1.250", "321 images/s", "0:00:0"):
         assert text in terminal.text
     assert "train/loss 1.25" not in terminal.text  # that is the log's
-
-
-def test_kernels_are_shown_tower_by_tower() -> None:
-    kernels = np.zeros((2, 5, 4, 3, 20))
-    kernels[0, 0, 0, 0, 17] = 2.0  # the first tower's second row, second column: all red in a corner
-    kernels[1, ..., 3] = -1.0  # the second tower's first row, fourth column: all black
-    picture = logs.kernels_picture(kernels)
-    assert picture.shape == (2 * 2 * 6, 16 * 5, 3)
-    np.testing.assert_array_equal(picture[6, 5], [1.0, 0.5, 0.5])
-    assert (picture[12:17, 15:19] == 0).all()
-    picture[6, 5] = picture[12:17, 15:19] = 0.5
-    assert set(np.unique(picture)) == {0.5, 1.0}  # zero is grey, gaps are white
-
-
-def test_grey_kernels_are_grey() -> None:
-    picture = logs.kernels_picture(np.random.default_rng(0).normal(size=(2, 5, 5, 1, 4)))
-    assert (picture == picture[..., :1]).all()
-    assert (picture.min(), picture.max()) >= (0.0, 1.0)
