@@ -1,13 +1,20 @@
 """Pictures of what a net says of images."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from alexnet_jax import batches
+from alexnet_jax import batches, records
 from alexnet_jax.data import DataSet
 from alexnet_jax.evaluate import Outcomes
+
+if TYPE_CHECKING:
+    from alexnet_jax.predict import Prediction
 
 MISTAKES = 25
 
@@ -33,6 +40,39 @@ def mistakes(outcomes: Outcomes, dataset: DataSet, size: int) -> np.ndarray:
         right, taken = (dataset.class_names[of[position]] for of in (outcomes.labels, outcomes.predicted))
         axes.set_title(f"{right}\nnot {taken}", fontsize=8)
     return to_pixels(figure)
+
+
+def figure_4(predictions: Sequence["Prediction"]) -> Figure:
+    """The paper's figure 4, a row for each picture: the picture, its most probable classes as bars, its neighbours.
+
+    The bar of the right class, where that is known, has another colour.
+    """
+    near = max(len(prediction.neighbours) for prediction in predictions)
+    widths = [1.0, 1.6] + [1.0] * near
+    figure = Figure(figsize=(1.6 * sum(widths), 1.7 * len(predictions)), layout="constrained")
+    grid = figure.add_gridspec(len(predictions), len(widths), width_ratios=widths)
+    for row, prediction in enumerate(predictions):
+        picture, bars = (figure.add_subplot(grid[row, column]) for column in (0, 1))
+        show(picture, prediction.image)
+        picture.set_title(prediction.truth or "", fontsize=9)
+        places = range(len(prediction.classes))
+        colours = ["C3" if name == prediction.truth else "C0" for name in prediction.classes]
+        bars.barh(places, prediction.probabilities, color=colours, alpha=0.6)
+        for place, name in zip(places, prediction.classes, strict=True):
+            bars.text(0.02, place, name, va="center", fontsize=9)
+        bars.invert_yaxis()
+        bars.set(xlim=(0, 1), xticks=[], yticks=[])
+        for column, (image, name) in enumerate(prediction.neighbours, 2):
+            axes = figure.add_subplot(grid[row, column])
+            show(axes, image)
+            axes.set_title(name, fontsize=9)
+    return figure
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    with records.whole(file) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=150)
 
 
 def show(axes: Axes, image: np.ndarray) -> None:

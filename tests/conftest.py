@@ -19,6 +19,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 import jax
 import numpy as np
 import pytest
+from browser import EXECUTABLE, Browser
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -141,12 +142,22 @@ def torch() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A real one, which not every machine has."""
+    if EXECUTABLE is None:
+        absent = pytest.fail if "CI" in os.environ else pytest.skip
+        absent("Chromium is what pages are looked at with: apt-get install chromium")
+    with Browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
 def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[], subprocess.CompletedProcess[str]]]:
-    """The folder of the README's main job, which has run, and a function that gives the same command again."""
+    """The folder of the README's main job, less a seed, and a function that gives the same command again."""
     folder = tmp_path_factory.mktemp("runs") / "ablation_lrn"
 
     def run() -> subprocess.CompletedProcess[str]:
-        return command("alexnet_jax.main", "--config=configs/ablation_lrn.py", f"--workdir={folder}")
+        return command("alexnet_jax.main", "--config=configs/ablation_lrn.py", "--seeds=0:2", f"--workdir={folder}")
 
     first = run()
     assert first.returncode == 0, first.stderr
