@@ -1,10 +1,11 @@
 """A headless Chromium, spoken to by its DevTools protocol over a pipe: what a person would see of a page."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
-import subprocess
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -27,21 +28,19 @@ class Browser:
 
     def __enter__(self) -> Self:
         self._profile = tempfile.TemporaryDirectory(prefix="alexnet_jax_browser_", ignore_cleanup_errors=True)
-        to_read, self._write = os.pipe()
-        self._read, to_write = os.pipe()
-        command = [
-            *("sh", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "sh"),  # it reads from file 3 and answers on file 4
+        commands, self._write = os.pipe()
+        self._read, answers = os.pipe()
+        arguments = [
             *(str(EXECUTABLE), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
             *("--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={self._profile.name}", "about:blank"),
         ]
-        self._process = subprocess.Popen(
-            command,
-            pass_fds=(to_read, to_write),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(to_read)
-        os.close(to_write)
+        # It reads from file 3 and answers on file 4; what it says to people goes nowhere.
+        high = [fcntl.fcntl(file, fcntl.F_DUPFD, 10) for file in (commands, answers)]
+        actions = [(os.POSIX_SPAWN_DUP2, file, number) for number, file in enumerate(high, 3)]
+        actions += [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_WRONLY, 0) for number in (1, 2)]
+        self._process = os.posix_spawn(str(EXECUTABLE), arguments, os.environ, file_actions=actions)
+        for file in (commands, answers, *high):
+            os.close(file)
         self._unread, self._number, self._session = b"", 0, None
         pages = [info for info in self._ask("Target.getTargets")["targetInfos"] if info["type"] == "page"]
         target = pages[0]["targetId"] if pages else self._ask("Target.createTarget", url="about:blank")["targetId"]
@@ -51,8 +50,8 @@ class Browser:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._process.kill()
-        self._process.wait()
+        os.kill(self._process, signal.SIGKILL)
+        os.waitpid(self._process, 0)
         os.close(self._read)
         os.close(self._write)
         self._profile.cleanup()

@@ -10,7 +10,7 @@ from conftest import REPOSITORY, TINY, command, run_config
 from ml_collections import ConfigDict
 
 from alexnet_jax import config as config_lib
-from alexnet_jax import study
+from alexnet_jax import results, study, summary
 from configs import base, scales
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -66,7 +66,8 @@ def test_a_run_reads_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fields = {key for key in config_lib.flatten(config) if not key.startswith("arms")} | {"seed", "arms"}
     # The embedded set has no folder and no colours: test_data.py and test_augment.py have sets that do.
     colour = {f"data.augment.colour.{field}" for field in ("eigenvalue_unit", "shrink")}
-    assert fields - read == {"data.data_dir"} | colour
+    tuning = {f"tuning.{field}" for field in ("choices", "epochs", "seed")}  # test_study.py has a study that tunes
+    assert fields - read == {"data.data_dir"} | colour | tuning
 
 
 @pytest.mark.parametrize("scale", scales.SCALES)
@@ -88,11 +89,75 @@ def test_each_arm_changes_exactly_its_keys(name: str, scale: str) -> None:
         seen.append(flat)
 
 
-def test_ablation_lrn_is_the_claim() -> None:
-    config = load("ablation_lrn", "embedded")
-    assert config.arms.to_dict() == {"lrn": {}, "no_lrn": {"model": {"lrn": {"enabled": False}}}}
-    assert config.seeds == (0, 1, 2)
-    assert config.model.lrn.enabled
+@pytest.mark.parametrize("name", STUDIES)
+def test_claims_are_of_arms_and_of_columns(name: str) -> None:
+    for scale in scales.SCALES:
+        config = load(name, scale)
+        _, *others = config.arms
+        for claim in config.claims:
+            assert claim["arm"] in others
+            assert claim["metric"] in results.COLUMNS
+        assert config.seeds == (0, 1, 2)
+
+
+def test_the_papers_numbers_are_claimed() -> None:
+    """Sections 3.1 to 4.2 and 7; a difference of errors as a fraction of 1."""
+    said = {
+        (claim["arm"], claim["metric"]): claim["ratio"] or claim["difference"]
+        for name in STUDIES
+        for claim in load(name, "cifar10").claims
+    }
+    top1, top5, speed, gap = "eval/top1_error", "eval/top5_error", "epochs_to_25", "generalisation_gap"
+    assert said == {
+        ("tanh", speed): 6.0,
+        ("no_lrn", top1): 0.014,
+        ("no_lrn", top5): 0.012,
+        ("no_overlap", top1): 0.004,
+        ("no_overlap", top5): 0.003,
+        ("one_column", top1): 0.017,
+        ("one_column", top5): 0.012,
+        ("no_dropout", gap): None,
+        ("no_dropout", speed): 0.5,
+        ("no_crops_nor_flips", gap): None,
+        ("no_colour", top1): 0.01,
+        ("none", gap): None,
+        **{(f"no_{layer}", top1): 0.02 for layer in ("conv2", "conv3", "conv4", "conv5", "fc7")},
+    }
+
+
+def sizes(name: str, scale: str) -> dict[str, dict]:
+    config = load(name, scale)
+    runs = {arm: config_lib.run_config(config, arm, 0) for arm in config.arms}
+    return {arm: summary.sizes(run, 1000, 3) for arm, run in runs.items()}
+
+
+@pytest.mark.parametrize("scale", scales.SCALES)
+def test_pooling_with_and_without_overlap_makes_maps_of_the_same_size(scale: str) -> None:
+    overlap, without = sizes("ablation_pooling", scale).values()
+    assert overlap == without
+
+
+def test_one_column_has_about_as_many_parameters_as_two() -> None:
+    """Footnote 2; and half of the kernels where the footnote says so."""
+    found = sizes("ablation_towers", "imagenet2012")
+    assert found["two_crossing"]["parameters"] == 60_965_224
+    assert abs(found["one_column"]["parameters"] / found["two_crossing"]["parameters"] - 1) < 0.04
+    both = {name: size for name, size in found["two_crossing"]["maps"].items() if name != "logits"}
+    assert found["one_column"]["maps"] == both | {
+        "conv1": "55x55x48",
+        "conv2": "27x27x128",
+        "conv3": "13x13x192",
+        "conv4": "13x13x192",
+    }
+
+
+@pytest.mark.parametrize("scale", ["embedded", "imagenet2012"])
+def test_a_net_without_a_layer_keeps_the_maps_of_the_others(scale: str) -> None:
+    whole, *others = sizes("ablation_depth", scale).items()
+    for arm, found in others:
+        assert found["maps"] == {
+            name: size for name, size in whole[1]["maps"].items() if name != arm.removeprefix("no_")
+        }
 
 
 def test_an_arm_that_changes_what_is_not_there_is_answered_with_the_nearest_key() -> None:

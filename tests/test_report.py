@@ -117,7 +117,7 @@ def test_the_page_is_self_contained_and_shows_every_arm(a_study: Path) -> None:
     assert "<script" not in page
     assert "lrn?" in page
     assert "model.lrn.enabled = False" in page
-    assert "Top-1 error on mnist5k, test, %" in page
+    assert "Top-1 error on mnist5k, test" in page
     assert page.count("<svg") == 5  # the arms, the curves of three metrics, and the loss on a logarithmic axis
     for text in ("no_lrn", "eval/top1_error (%)", "eval/loss", "14.33", "-0.46 to +7.13"):
         assert text in page
