@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test check lock
+.PHONY: run test check notebooks lock
 
 run: $(VENV)/installed
 	$(BIN)/python -m alexnet_jax.main --config=configs/ablation_lrn.py
@@ -14,6 +14,10 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+# Writes the notebooks' outputs again.
+notebooks: $(VENV)/installed
+	$(BIN)/python experiments/execute.py
 
 # All supported versions of Python from one lock: names and versions, no addresses.
 lock:
