@@ -42,6 +42,7 @@ TINY = {
     "train.log_every": 2,
     "train.checkpoint_every": 3,
     "eval.every_epochs": 0.006,  # 6 steps
+    "eval.train_images": 20,
 }
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, TINY, any_pixels, run_config
 from ml_collections import ConfigDict
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alexnet_jax import logs, originals, prepare, records, train
+from alexnet_jax import batches, data, evaluate, logs, originals, panels, pixels, prepare, records, train
 from alexnet_jax.batches import train_batches
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.towers import Executor
@@ -74,7 +75,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_its_metrics_under_their_names(whole: Path) -> None:
     recorded = metrics(whole)
     training = {"step", "epoch", "train/loss", "train/top1_error", "train/top5_error", "learning_rate"}
-    evaluation = {"step", "epoch", "eval/loss", "eval/top1_error", "eval/top5_error"}
+    errors = ("loss", "top1_error", "top5_error")
+    evaluation = {"step", "epoch", *(f"{part}/{name}" for part in ("eval", "train_eval") for name in errors)}
     assert [(line["step"], line.keys()) for line in recorded] == [
         *((step, training) for step in (2, 4, 6)),
         (6, evaluation),
@@ -87,6 +89,43 @@ def test_a_run_leaves_its_metrics_under_their_names(whole: Path) -> None:
     assert environment["executor"] == "pmap"
     assert environment["jax"] == jax.__version__
     assert "step 12/12" in (whole / "train.log").read_text()
+
+
+def test_a_run_leaves_what_the_report_shows_of_its_net(whole: Path, tiny: ConfigDict) -> None:
+    state = final_state(tiny, whole)
+    np.testing.assert_array_equal(np.load(whole / "kernels.npy"), state.params["conv1"]["kernel"])
+    by_class = records.read_json(whole / "by_class.json")
+    assert by_class["class"] == [str(digit) for digit in range(10)]
+    assert np.mean(by_class["top1_error"]) == pytest.approx(result(whole)["eval/top1_error"])  # 100 images of each
+    shown = EventAccumulator(str(whole), {"images": 0}).Reload()
+    assert [event.step for event in shown.Images("eval/mistakes")] == [12]
+    assert [event.step for event in shown.Images("conv1/kernels")] == [6, 12]
+
+
+def test_training_images_are_evaluated_as_held_out_ones_are(whole: Path, tiny: ConfigDict) -> None:
+    dataset, executor = train.prepare(tiny)
+    params = executor.place(final_state(tiny, whole).params)
+    predict = evaluate.predictor(tiny, 10, pixels.of_run(whole, dataset, tiny.data), executor)
+    positions = np.linspace(0, 3999, tiny.eval.train_images).round().astype(int)
+    images = batches.read(dataset.train, positions, 28)
+    chosen = data.Arrays(images["image"], images["label"])
+    found = evaluate.outcomes([lambda batch: predict(params, batch)], chosen, tiny).means()
+    assert found == {name: result(whole)[f"train_eval/{name}"] for name in found}
+
+
+def test_the_worst_mistakes_are_shown(tiny: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, _ = train.prepare(tiny)
+    wrong = np.arange(1000) % 100 == 7
+    losses = np.where(wrong, np.arange(1000), 2000.0)  # what is right does not count, however large its loss
+    labels = np.array([dataset.evaluation[position]["label"] for position in range(1000)])
+    outcomes = evaluate.Outcomes({"loss": losses, "top1_error": wrong.astype(float)}, labels, np.full(1000, 9))
+    figures = []
+    monkeypatch.setattr(panels, "to_pixels", figures.append)
+    panels.mistakes(outcomes, dataset, 28)
+    first, *others = figures[0].axes
+    assert len(others) == 9
+    np.testing.assert_array_equal(first.images[0].get_array(), dataset.evaluation[907]["image"].squeeze())
+    assert [axes.get_title() for axes in others] == [f"{digit}\nnot 9" for digit in range(8, -1, -1)]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path, whole: Path, tiny) -> None:
