@@ -2,7 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test check notebooks lock
+STUDIES = lrn relu dropout pooling augmentation towers depth contributions
+
+.PHONY: run test check studies notebooks lock
 
 run: $(VENV)/installed
 	$(BIN)/python -m alexnet_jax.main --config=configs/ablation_lrn.py
@@ -14,6 +16,13 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+# Trains every study on the embedded images and keeps what its notebook reads.
+studies: $(VENV)/installed
+	for study in $(STUDIES); do \
+		$(BIN)/python -m alexnet_jax.main --config=configs/ablation_$$study.py || exit; \
+		(cd runs/ablation_$$study && cp study.json results.csv curves.csv ../../experiments/$$study) || exit; \
+	done
 
 # Writes the notebooks' outputs again.
 notebooks: $(VENV)/installed

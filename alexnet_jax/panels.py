@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,10 +13,25 @@ from alexnet_jax import batches, records
 from alexnet_jax.data import DataSet
 from alexnet_jax.evaluate import Outcomes
 
-if TYPE_CHECKING:
-    from alexnet_jax.predict import Prediction
-
 MISTAKES = 25
+
+
+class Prediction(NamedTuple):
+    """What a net says of a picture.
+
+    Attributes:
+      image: (size, size, channels) of uint8, as the net sees it before it takes views.
+      truth: its class, if the folder it is in is called as one; else None.
+      classes: names of the five most probable classes, the most probable first; of all, where there are fewer.
+      probabilities: of these.
+      neighbours: images and class names of the nearest held-out images, the nearest first.
+    """
+
+    image: np.ndarray
+    truth: str | None
+    classes: list[str]
+    probabilities: np.ndarray
+    neighbours: list[tuple[np.ndarray, str]]
 
 
 def mistakes(outcomes: Outcomes, dataset: DataSet, size: int) -> np.ndarray:
@@ -42,7 +57,7 @@ def mistakes(outcomes: Outcomes, dataset: DataSet, size: int) -> np.ndarray:
     return to_pixels(figure)
 
 
-def figure_4(predictions: Sequence["Prediction"]) -> Figure:
+def figure_4(predictions: Sequence[Prediction]) -> Figure:
     """The paper's figure 4, a row for each picture: the picture, its most probable classes as bars, its neighbours.
 
     The bar of the right class, where that is known, has another colour.

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,26 +22,9 @@ from rich.table import Table
 from alexnet_jax import augment, batches, checkpoint, data, evaluate, panels, pictures, records, towers
 from alexnet_jax.checkpoint import Weights
 from alexnet_jax.model import AlexNet
+from alexnet_jax.panels import Prediction
 from alexnet_jax.pixels import Pixels
 from alexnet_jax.towers import AXIS, Executor
-
-
-class Prediction(NamedTuple):
-    """What a net says of a picture.
-
-    Attributes:
-      image: (size, size, channels) of uint8, as the net sees it before it takes views.
-      truth: its class, if the folder it is in is called as one; else None.
-      classes: names of the five most probable classes, the most probable first; of all, where there are fewer.
-      probabilities: of these.
-      neighbours: images and class names of the nearest held-out images, the nearest first.
-    """
-
-    image: np.ndarray
-    truth: str | None
-    classes: list[str]
-    probabilities: np.ndarray
-    neighbours: list[tuple[np.ndarray, str]]
 
 
 def predict(
