@@ -42,8 +42,10 @@ def make_study(folder: Path, errors: dict[str, list[float]], seeds: int | None =
                 {"step": step, "epoch": step / 10, "eval/top1_error": error / step, "eval/loss": 1.0} for step in (1, 2)
             ]
             records += [{"step": 3, "epoch": 0.3 * (1 + (arm != "lrn")) + error, "train/top1_error": 0.25}]
+            records += [{"step": 4, "epoch": 1.0, "train/top1_error": 0.2}]
             (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records) + '{"step": 3, "ep')
             result = {"steps": 2, "epochs": 0.2, "parameters": 7, "eval/top1_error": error, "seconds": 1.5}
+            result["train_eval/top1_error"] = error / 2
             (run / "result.json").write_text(json.dumps(result))
     return folder
 
@@ -168,8 +170,27 @@ def test_when_an_error_was_reached_is_its_first_record(a_study: Path) -> None:
     assert runs.loc[("no_lrn", 2), "epochs_to_25"] == pytest.approx(0.6 + 0.16)
     assert runs.loc[("lrn", 0), "steps_to_25"] == 3
     metrics = a_study / "lrn" / "seed_0" / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace('"train/top1_error": 0.25', '"train/top1_error": 0.26'))
+    metrics.write_text(metrics.read_text().replace('_error": 0.2', '_error": 0.3'))
     assert np.isnan(report.load_runs(a_study).set_index(["arm", "seed"]).loc[("lrn", 0), "steps_to_25"])
+
+
+def test_the_generalisation_gap_is_what_held_out_images_add_to_the_error(a_study: Path) -> None:
+    runs = report.load_runs(a_study)
+    np.testing.assert_allclose(runs["generalisation_gap"], [error / 2 for arm in ERRORS.values() for error in arm])
+
+
+def test_figure_1_is_the_training_error_against_epochs_and_its_goal(a_study: Path) -> None:
+    (axes,) = report.plot_figure_1(report.load_curves(a_study)).axes
+    one, two, goal = axes.lines
+    assert (one.get_linestyle(), two.get_linestyle()) == ("-", "--")  # in the paper, too
+    np.testing.assert_allclose(sorted(one.get_ydata()), [20, 25, 25, 25])
+    np.testing.assert_allclose(goal.get_ydata(), [25, 25])
+
+
+def test_losses_are_also_on_a_logarithmic_axis(a_study: Path) -> None:
+    curves = report.load_curves(a_study)
+    scales = [report.plot_curves(curves, "eval/loss", log=log).axes[0].get_yscale() for log in (False, True)]
+    assert scales == ["linear", "log"]
 
 
 def test_an_arm_of_another_size_says_so(a_study: Path, capsys: pytest.CaptureFixture[str]) -> None:
