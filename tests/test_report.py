@@ -19,7 +19,7 @@ from configs import base
 
 CLAIMS = (
     base.claim("no_lrn", "eval/top1_error", "section 3.3", difference=0.014),
-    base.claim("no_lrn", "epochs_to_25", "section 3.1", ratio=6.0),
+    base.claim("no_lrn", "epochs_to_25", "<section> 3.1", ratio=6.0),
 )
 ERRORS = {"lrn": [0.10, 0.12, 0.11], "no_lrn": [0.13, 0.14, 0.16]}
 
@@ -117,6 +117,7 @@ def test_the_page_is_self_contained_and_shows_every_arm(a_study: Path) -> None:
     assert inner <= set(re.findall(r'id="([^"]*)"', page))
     assert {"arm-lrn", "arm-no-lrn", "lrn-0", "no-lrn-2"} <= inner  # arm and runs lead to each other
     assert "<script" not in page
+    assert "(&lt;section&gt; 3.1)" in page
     assert "lrn?" in page
     assert "model.lrn.enabled = False" in page
     assert "Top-1 error on mnist5k, test" in page

@@ -73,8 +73,10 @@ def test_a_failed_run_is_reported_and_the_others_are_run(
     config = tiny_study(seeds=(0, 1))
     config.arms = ConfigDict({"wild": {"optim": {"learning_rate": 1e9}}, "tame": {}}, sort_keys=False)
     config.claims = ()
+    records.write_json(tmp_path / "tame" / "seed_0" / "failure.json", {"error": "no power", "traceback": ""})
     failed = study.run_study(config, tmp_path)
     assert [run.name for run in failed] == ["wild, seed 0", "wild, seed 1"]
+    assert not (tmp_path / "tame" / "seed_0" / "failure.json").exists()
     assert [arm for arm, _ in trained] == ["wild", "tame", "wild", "tame"]
     assert "wild, seed 0 failed: train/loss is nan" in capsys.readouterr().out
     assert "FloatingPointError" in records.read_json(tmp_path / "wild" / "seed_0" / "failure.json")["traceback"]
@@ -163,16 +165,20 @@ def test_what_an_arm_tries_elsewhere_is_waited_for(
 
 def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_study(**{"tuning.key": "optim.learning_rate", "tuning.choices": (0.5,), "tuning.epochs": 0.002})
-    dry_run.print_plan(config, tmp_path / "study", ["lrn", "no_lrn"])
+    records.write_json(tmp_path / "no_lrn" / "seed_0" / "result.json", {})
+    before = files(tmp_path)
+    dry_run.print_plan(config, tmp_path, ["lrn", "no_lrn"])
     printed = capsys.readouterr().out
     parameters = f"{summary.sizes(run_config(**TINY), 10, 1)['parameters']:,}"
-    for arm, name, steps in (
-        *((arm, "trying 0.5", 2) for arm in ("lrn", "no_lrn")),
-        *((arm, "seed 0", 4) for arm in ("lrn", "no_lrn")),
+    for name, status, steps, time in (
+        ("lrn, trying 0.5", "not started", 2, "0:0"),
+        ("no_lrn, trying 0.5", "not started", 2, "0:0"),
+        ("lrn, seed 0", "not started", 4, "0:0"),
+        ("no_lrn, seed 0", "finished", 4, " +│"),
     ):
-        assert re.search(rf"│ {arm}, {name} +│ not started +│ +{parameters} │ +[\d,]+ │ +{steps} │ +0:0", printed)
+        assert re.search(rf"│ {name} +│ {status} +│ +{parameters} │ +[\d,]+ │ +{steps} │ +{time}", printed)
     assert "4 runs" in printed
-    assert not (tmp_path / "study").exists()
+    assert files(tmp_path) == before
 
 
 def test_seeds_are_a_range_or_a_list() -> None:
