@@ -26,7 +26,8 @@ def make_run(folder: Path, **changes: object) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "run")
+    batches_that_do_not_come_out_even = {"eval.batch_size": 300}
+    return make_run(tmp_path_factory.mktemp("runs") / "run", **batches_that_do_not_come_out_even)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +44,16 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return files
 
 
-def test_predictions_are_those_of_evaluation(run: Path, digits: list[Path]) -> None:
+@pytest.mark.parametrize("views", [None, 10])
+def test_predictions_are_those_of_evaluation(run: Path, digits: list[Path], views: int | None) -> None:
     weights, source = checkpoint.read_run(run), data.load(run_config().data).evaluation
+    with weights.config.unlocked():
+        weights.config.eval.views = views or 1
     executor = Executor("vmap", 2)
     logits = evaluate.predictor(weights.config, 10, weights.known_pixels(), executor)
     images = np.stack([source[position]["image"] for position in (10, 555, 903)])
     expected = np.asarray(jax.nn.softmax(logits(executor.place(weights.params), images)))
-    found = predict.predict(run, digits)
+    found = predict.predict(run, digits, views=views)
     for prediction, image, probabilities in zip(found, images, expected, strict=True):
         np.testing.assert_array_equal(prediction.image, image)
         assert prediction.classes == [str(position) for position in np.argsort(-probabilities)[:5]]
@@ -58,7 +62,15 @@ def test_predictions_are_those_of_evaluation(run: Path, digits: list[Path]) -> N
     assert [prediction.truth for prediction in found] == ["0", "5", None]
 
 
-@pytest.mark.parametrize("changes", [{"train.executor": "pmap"}, {"train.executor": "vmap"}, {"model.towers": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.executor": "pmap"},
+        {"train.executor": "vmap"},
+        {"train.executor": "vmap", "model.layers.fc8.crosses": False},
+        {"model.towers": 1},
+    ],
+)
 def test_features_are_what_the_last_layer_makes_logits_of(changes: dict, digits: list[Path]) -> None:
     config = run_config(**SPREAD | changes)
     towers = config.model.towers
@@ -70,7 +82,8 @@ def test_features_are_what_the_last_layer_makes_logits_of(changes: dict, digits:
     found, logits = run_on(predict.features), run_on(evaluate.predictor)
     assert found.shape == (2, config.model.layers.fc7.features)
     kernel, bias = (np.asarray(params["fc8"][name]) for name in ("kernel", "bias"))
-    of_towers = [np.asarray(found) @ kernel[tower] + bias[tower] for tower in range(towers)]
+    inputs = [np.asarray(found)] * towers if config.model.layers.fc8.crosses else np.split(found, towers, axis=1)
+    of_towers = [inputs[tower] @ kernel[tower] + bias[tower] for tower in range(towers)]
     np.testing.assert_allclose(np.concatenate(of_towers, axis=1), logits, rtol=1e-3, atol=1e-4)
 
 
@@ -81,6 +94,12 @@ def test_a_held_out_image_is_its_own_nearest_neighbour(run: Path, digits: list[P
         np.testing.assert_array_equal(image, prediction.image)
         assert name == label
         assert not np.array_equal(prediction.neighbours[1][0], image)
+
+
+def test_what_fills_up_a_batch_is_no_neighbour(run: Path, tmp_path: Path) -> None:
+    Image.new("L", (28, 28)).save(tmp_path / "black.png")
+    (prediction,) = predict.predict(run, [tmp_path / "black.png"], neighbours=1)
+    assert prediction.neighbours[0][0].any()
 
 
 def test_the_drawing_has_pictures_bars_and_neighbours() -> None:
