@@ -7,9 +7,8 @@ import nbformat
 import pytest
 from conftest import REPOSITORY
 
+from alexnet_jax import report
 from experiments import execute
-
-pytestmark = pytest.mark.slow
 
 NO_JAX = "import sys\nassert 'jax' not in sys.modules"
 
@@ -25,6 +24,7 @@ def tables(notebook: nbformat.NotebookNode) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_notebooks_run_and_show_what_is_kept_in_them(tmp_path: Path) -> None:
     assert len(execute.NOTEBOOKS) == 9
     with ThreadPoolExecutor(2) as pool:
@@ -34,6 +34,7 @@ def test_notebooks_run_and_show_what_is_kept_in_them(tmp_path: Path) -> None:
             assert all(cell.execution_count is None for cell in kept.cells if cell.cell_type == "code"), path
 
 
+@pytest.mark.slow
 def test_a_studys_notebook_needs_no_jax(tmp_path: Path) -> None:
     path = REPOSITORY / "experiments" / "lrn" / "notebook.ipynb"
     notebook = nbformat.read(path, as_version=4)
@@ -45,3 +46,15 @@ def test_a_studys_notebook_needs_no_jax(tmp_path: Path) -> None:
         (folder / name).symlink_to(path.parent / name)
     nbformat.write(notebook, folder / "notebook.ipynb")
     execute.executed(folder / "notebook.ipynb")
+
+
+def test_the_readme_says_what_was_found() -> None:
+    readme = (REPOSITORY / "README.md").read_text().splitlines()
+    for study in {path.parent for path in execute.NOTEBOOKS} - {REPOSITORY / "experiments"}:
+        (row,) = (line for line in readme if line.startswith(f"| [{study.name}]"))
+        if "in its notebook" not in row:
+            for found in report.verdicts(study).query("metric != 'eval/top5_error'").itertuples(index=False):
+                assert f"{found[3]} ({found[4]}): {found.verdict}" in row
+    lrn = report.table(report.load_runs(REPOSITORY / "experiments" / "lrn"))
+    for arm, *numbers in lrn.itertuples(index=False):
+        assert "".join(f"| {number} " if number else "| " for number in (f"`{arm}`", *numbers)) + "|" in readme
