@@ -1,5 +1,6 @@
 """Executes notebooks in place and keeps their outputs: python experiments/execute.py [NOTEBOOK ...]; by default all."""
 
+import asyncio
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def executed(path: Path) -> nbformat.NotebookNode:
     """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}, record_timing=False)
-    client.execute()
+    asyncio.run(client.async_execute())  # which closes its event loop, as client.execute() does not
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     for cell in notebook.cells:
         if cell.cell_type == "code":
