@@ -10,8 +10,6 @@ from typing import Any, Self
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams as hparams_summaries
 
 from alexnet_jax import records
 
@@ -34,7 +32,7 @@ LAYOUT = {
 def write_layout(study: Path) -> None:
     """Has TensorBoard arrange the charts of a study's runs; does nothing where that was done."""
     if not list(study.glob("events.out.tfevents.*")):
-        with SummaryWriter(str(study)) as writer:
+        with _tensorboard().SummaryWriter(str(study)) as writer:
             writer.add_custom_scalars(LAYOUT)
 
 
@@ -55,7 +53,9 @@ class Logs:
         records.write_text(metrics, "".join(kept))
         self._metrics = metrics.open("a", buffering=1)
         self._log = (workdir / "train.log").open("a", buffering=1)
-        self._tensorboard = SummaryWriter(str(workdir), purge_step=start + 1, filename_suffix=f".from_step_{start}")
+        self._tensorboard = _tensorboard().SummaryWriter(
+            str(workdir), purge_step=start + 1, filename_suffix=f".from_step_{start}"
+        )
         self._name = "/".join(workdir.absolute().parts[-2:])
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -122,5 +122,12 @@ class Logs:
         """The run's row in TensorBoard's hparams tab, with its final metrics."""
         flat = {name: v if isinstance(v, int | float | str) else str(v) for name, v in values.items()}
         # The summaries go into the run's own file: SummaryWriter.add_hparams would open a second run for them.
-        for summary in hparams_summaries(flat, metrics):
+        for summary in _tensorboard().summary.hparams(flat, metrics):
             self._tensorboard.file_writer.add_summary(summary)
+
+
+def _tensorboard() -> Any:
+    """tensorboardX, which imports PyTorch where that is installed: a second that only training is to take."""
+    import tensorboardX.summary
+
+    return tensorboardX
