@@ -154,11 +154,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[], subprocess.CompletedProcess[str]]]:
-    """The folder of the README's main job, less an arm, a seed and half the epochs, and its command to give again."""
+    """The folder of the README's main job, less an arm, a seed and most epochs, and its command to give again."""
     folder = tmp_path_factory.mktemp("runs") / "ablation_lrn"
 
     def run() -> subprocess.CompletedProcess[str]:
-        less = ("--only=lrn,no_lrn", "--seeds=0:2", "--config.train.epochs=2")
+        less = ("--only=lrn,no_lrn", "--seeds=0:2", "--config.train.epochs=1")
         return command("alexnet_jax.main", "--config=configs/ablation_lrn.py", *less, f"--workdir={folder}")
 
     first = run()

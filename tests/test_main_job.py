@@ -25,8 +25,8 @@ def test_every_run_is_well_above_chance(main_job) -> None:
     folder, _ = main_job
     results = pd.read_csv(folder / "results.csv").query("status == 'finished'")
     assert list(zip(results["arm"], results["seed"], strict=True)) == RUNS
-    assert (results["steps"] == 1000).all()
-    assert (results["eval/top1_error"] < 0.15).all()
+    assert (results["steps"] == 500).all()
+    assert (results["eval/top1_error"] < 0.5).all()
     assert results["eval/top1_error"].nunique() > 1
 
 
@@ -158,7 +158,7 @@ def test_tensorboard_shows_the_first_kernels_as_images(tensorboard) -> None:
         name: {"conv1/kernels", "eval/mistakes"} for name in NAMES
     }
     images = tensorboard("plugin/images/images", run="lrn/seed_0", tag="conv1/kernels", sample=0)
-    assert [image["step"] for image in images] == [500, 1000]
+    assert [image["step"] for image in images] == [500]
     png = tensorboard(f"plugin/images/individualImage?{images[-1]['query']}&", raw=True)
     assert png.startswith(b"\x89PNG")
 
