@@ -166,7 +166,7 @@ def test_what_an_arm_tries_elsewhere_is_waited_for(
 def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_study(**{"tuning.key": "optim.learning_rate", "tuning.choices": (0.5,), "tuning.epochs": 0.002})
     records.write_json(tmp_path / "no_lrn" / "seed_0" / "result.json", {})
-    before = files(tmp_path)
+    before, paths = files(tmp_path), set(tmp_path.rglob("*"))
     dry_run.print_plan(config, tmp_path, ["lrn", "no_lrn"])
     printed = capsys.readouterr().out
     parameters = f"{summary.sizes(run_config(**TINY), 10, 1)['parameters']:,}"
@@ -179,6 +179,7 @@ def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: p
         assert re.search(rf"│ {name} +│ {status} +│ +{parameters} │ +[\d,]+ │ +{steps} │ +{time}", printed)
     assert "4 runs" in printed
     assert files(tmp_path) == before
+    assert set(tmp_path.rglob("*")) == paths
 
 
 def test_seeds_are_a_range_or_a_list() -> None:

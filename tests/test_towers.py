@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
-from operator import attrgetter
 
 import chex
 import jax
@@ -84,18 +83,22 @@ def test_the_tests_run_on_two_devices() -> None:
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_vmap_and_pmap_agree_in_loss_gradients_and_state_with_dropout_on(scale: str) -> None:
-    config = run_config(scale, **WELL_CONDITIONED if scale == "imagenet2012" else {}, **{"optim.learning_rate": 1e-3})
+    full_size = scale == "imagenet2012"
+    # Biases do not start at 0: the bound on parameters would be one on their first velocities.
+    conditioned = WELL_CONDITIONED | {f"model.layers.{name}.bias": 0.1 for name in FAN_IN}
+    config = run_config(scale, **conditioned if full_size else {}, **{"optim.learning_rate": 1e-3})
     assert config.model.dropout.rate == 0.5
-    steps, batch_size = (2, 2) if scale == "imagenet2012" else (3, 4)
+    steps, batch_size = (2, 2) if full_size else (3, 4)
     pairs = zip(*(run_steps(executor, config, scale, steps, batch_size) for executor in ("vmap", "pmap")), strict=True)
     for number, (one_device, two_devices) in enumerate(pairs, 1):
         chex.assert_trees_all_equal_shapes(one_device, two_devices)
         np.testing.assert_allclose(one_device.sums["loss"], two_devices.sums["loss"], rtol=1e-5)
-        # The first velocity is the gradient, times the rate. Later the weights differ by a rounding, and here and
-        # there a pooling takes another one of two pixels that are nearly equal.
-        tolerance = 1e-5 if number == 1 else 1e-2
-        for of in (velocity, attrgetter("params")):
-            jax.tree.map(partial(assert_close, relative=tolerance), of(one_device), of(two_devices))
+        # The first velocity is the gradient, times the rate. Later the weights differ by a rounding, and in large maps
+        # a pooling may take the other one of two pixels that are nearly equal.
+        tolerance = 1e-5 if number == 1 else 1e-2 if full_size else 1e-3
+        agree = partial(assert_close, relative=tolerance)
+        jax.tree.map(agree, velocity(one_device), velocity(two_devices))
+        jax.tree.map(partial(assert_close, relative=1e-5), one_device.params, two_devices.params)
 
 
 @pytest.mark.parametrize("executor", ["vmap", "pmap"])
