@@ -5,8 +5,8 @@ only where a layer crosses: there the channels of all towers are gathered. The l
 (``configs/base.py``): a new AlexNet is a config, not a class.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ OPERATIONS = ("activation", "lrn", "spatial_lrn", "max_pool", "avg_pool", "dropo
 # What initial values are drawn from; both have mean 0 and standard deviation 1.
 DISTRIBUTIONS: dict[str, Callable[..., jax.Array]] = {
     "normal": jax.random.normal,
-    "uniform": functools.partial(jax.random.uniform, minval=-(3**0.5), maxval=3**0.5),
+    "uniform": partial(jax.random.uniform, minval=-(3**0.5), maxval=3**0.5),
 }
 
 
@@ -60,7 +60,8 @@ class AlexNet(nn.Module):
     def _gather(self, name: str, x: jax.Array) -> jax.Array:
         """The channels (last axis) of all towers, side by side, on every tower: what the named layer sees."""
         self.sow("intermediates", f"{name}_exchanged", x)
-        return lax.all_gather(x, AXIS, axis=x.ndim - 1, tiled=True)
+        gathered = jnp.moveaxis(lax.all_gather(x, AXIS), 0, -2)  # tiled=True would turn the maps over, on both sides
+        return gathered.reshape(*x.shape[:-1], -1)
 
     def _weights(self, name: str, x: jax.Array) -> jax.Array:
         """The convolution or dense layer itself: this tower's share of its features."""
@@ -85,7 +86,7 @@ class AlexNet(nn.Module):
                 f"{name}: a kernel of {layer.kernel}x{layer.kernel} does not fit a map of {size}x{size} padded by "
                 f"{before}+{after}: use larger images (data.crop), smaller strides or fewer poolings"
             )
-        kind = {"conv": nn.Conv, "local": nn.ConvLocal}[layer.kind]
+        kind = {"conv": partial(nn.Conv, conv_general_dilated=layers.conv), "local": nn.ConvLocal}[layer.kind]
         conv = kind(
             share,
             (layer.kernel, layer.kernel),
@@ -124,7 +125,7 @@ class AlexNet(nn.Module):
     def _lrn(self, name: str, x: jax.Array) -> jax.Array:
         """Normalised over neighbouring channels: this tower's, or, where it crosses, also those beyond its border."""
         lrn = self.config.lrn
-        normalise = functools.partial(layers.lrn, n=lrn.n, k=lrn.k, alpha=lrn.alpha, beta=lrn.beta)
+        normalise = partial(layers.lrn, n=lrn.n, k=lrn.k, alpha=lrn.alpha, beta=lrn.beta)
         if not lrn.crosses:
             return normalise(x)
         towers, channels, before, after = lax.axis_size(AXIS), x.shape[-1], lrn.n // 2, (lrn.n - 1) // 2
