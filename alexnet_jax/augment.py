@@ -1,5 +1,6 @@
 """What happens to a batch of images inside the jitted step: views, colour noise, the mean, the input's scale."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -51,40 +52,44 @@ def inputs(images: jax.Array, view: View, config: ConfigDict, pixels: Pixels) ->
 
 
 def random_inputs(
-    images: jax.Array, config: ConfigDict, pixels: Pixels, key: jax.Array, colours: jax.typing.ArrayLike = True
+    images: jax.Array,
+    positions: jax.Array,
+    config: ConfigDict,
+    pixels: Pixels,
+    key: jax.Array,
+    colours: jax.typing.ArrayLike = True,
 ) -> jax.Array:
     """Training input (paper, section 4.1): random crops, horizontal flips and colour noise, drawn anew for each image.
 
     Args:
+      positions: int (batch,), of each image in the whole batch: with the key, all that what is drawn depends on.
       colours: whether there is colour noise (yet).
 
     The other arguments and the result are as for ``inputs``.
     """
     crop_key, flip_key, colour_key = jax.random.split(key, 3)
-    batch, height, width, _ = images.shape
-    chunk = config.augment.chunk
-    draws = -(-batch // chunk)
 
-    def for_chunks(values: jax.Array) -> jax.Array:
-        return values.repeat(chunk, axis=0)[:batch]
+    def drawn(draw: Callable[[jax.Array], jax.Array], key: jax.Array, positions: jax.Array) -> jax.Array:
+        return jax.vmap(lambda position: draw(jax.random.fold_in(key, position)))(positions)
 
+    chunks = positions // config.augment.chunk
     (view,) = evaluation_views(1, config.image_size, config.crop)
     if config.augment.random_crop:
-        limits = jnp.array([height - config.crop + 1, width - config.crop + 1])
-        top, left = for_chunks(jax.random.randint(crop_key, (draws, 2), 0, limits)).T
+        places = config.image_size - config.crop + 1
+        top, left = drawn(lambda key: jax.random.randint(key, (2,), 0, places), crop_key, chunks).T
         view = view._replace(top=top, left=left)
     if config.augment.flip:
-        view = view._replace(flipped=for_chunks(jax.random.bernoulli(flip_key, shape=(draws,))))
+        view = view._replace(flipped=drawn(jax.random.bernoulli, flip_key, chunks))
     views = _centred(images, view, config, pixels)
     colour = config.augment.colour
     if colour.noise:
-        noise = colour_noise(colour, pixels, colour_key, batch)[:, None, None, :]
+        noise = drawn(lambda key: colour_noise(colour, pixels, key), colour_key, positions)[:, None, None, :]
         noisy = (views + noise) / (1 + colour.noise if colour.shrink else 1)
         views = jnp.where(colours, noisy, views)
     return views / jnp.array(config.std)
 
 
-def colour_noise(config: ConfigDict, pixels: Pixels, key: jax.Array, batch: int) -> jax.Array:
+def colour_noise(config: ConfigDict, pixels: Pixels, key: jax.Array) -> jax.Array:
     """What is added to all pixels of an image: normal along each principal axis of the colours.
 
     The paper's text (section 4.1) multiplies the normal number by the axis's eigenvalue, a variance, which depends on
@@ -94,12 +99,12 @@ def colour_noise(config: ConfigDict, pixels: Pixels, key: jax.Array, batch: int)
       config: ``data.augment.colour``.
 
     Returns:
-      (batch, 3) grey levels.
+      (3,) grey levels.
     """
     scales = jnp.array(pixels.deviations)
     if config.eigenvalue_unit is not None:
         scales = (scales / config.eigenvalue_unit) ** 2 * config.eigenvalue_unit
-    return (config.noise * jax.random.normal(key, (batch, 3)) * scales) @ jnp.array(pixels.axes)
+    return (config.noise * jax.random.normal(key, (3,)) * scales) @ jnp.array(pixels.axes)
 
 
 def _centred(images: jax.Array, view: View, config: ConfigDict, pixels: Pixels) -> jax.Array:

@@ -24,7 +24,7 @@ from rich.table import Table
 from alexnet_jax import augment, batches, checkpoint, data, records, towers
 from alexnet_jax.model import AlexNet
 from alexnet_jax.pixels import Pixels
-from alexnet_jax.towers import Executor
+from alexnet_jax.towers import Executor, all_rows, own_rows
 
 # The function from parameters and a batch of uint8 images to logits (batch, classes).
 Predict = Callable[[Any, Any], jax.Array]
@@ -59,12 +59,14 @@ def predictor(config: ConfigDict, classes: int, pixels: Pixels, executor: Execut
     stacked = augment.View(*(jnp.array(field) for field in zip(*views, strict=True)))
 
     def tower(params: Any, images: jax.Array) -> jax.Array:
+        own = own_rows(images)
+
         def of_view(view: augment.View) -> jax.Array:
-            inputs = augment.inputs(images, view, config.data, pixels)
+            inputs = augment.inputs(own, view, config.data, pixels)
             logits: Any = model.apply({"params": params}, inputs, train=False)
             return logits
 
-        return averaged(lax.map(of_view, stacked))
+        return all_rows(averaged(lax.map(of_view, stacked)), len(images))
 
     return executor.map(tower, in_axes=(0, None), out_axes=None)
 

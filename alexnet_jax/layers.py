@@ -1,7 +1,7 @@
 """The operations of AlexNet that no library offers in the paper's form, or not fast enough on a CPU.
 
-Where there is a form for CPUs, it has the value and the gradient of the plain one, which GPUs and TPUs run as XLA makes
-it; ``experiments/speed`` measures what each brings.
+What is written twice has a form for CPUs, of the same value and gradient as the plain one, which GPUs and TPUs run as
+XLA makes it. ``experiments/speed`` measures what each of these forms brings.
 """
 
 import functools
@@ -14,7 +14,32 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-_POSITIONS = 256  # of a map whose patches are multiplied at once, so that they stay in a core's cache
+_POSITIONS = 256  # of a map, in whole images, whose patches are multiplied at once: they have to stay in the cache
+
+
+def _with_cpu_form(plain: Callable, *, value: Callable, gradient: Callable) -> Callable:
+    """An operation that is ``plain``, but computed otherwise on CPUs.
+
+    Args:
+      value: what ``plain`` computes, from the same arguments.
+      gradient: a tuple of the arguments' gradients, from that of the value, and the arguments.
+    """
+
+    @jax.custom_vjp
+    def operation(*arguments: jax.Array) -> jax.Array:
+        return lax.platform_dependent(*arguments, cpu=value, default=plain)
+
+    def forward(*arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return operation(*arguments), arguments
+
+    def backward(arguments: tuple[jax.Array, ...], of_value: jax.Array) -> tuple[jax.Array, ...]:
+        def plain_gradient(of_value: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, ...]:
+            return jax.vjp(plain, *arguments)[1](of_value)
+
+        return lax.platform_dependent(of_value, *arguments, cpu=gradient, default=plain_gradient)
+
+    operation.defvjp(forward, backward)
+    return operation
 
 
 def conv(
@@ -25,52 +50,57 @@ def conv(
     Args:
       images: (batch, height, width, channels).
       kernel: (height, width, channels, features).
-      strides: in pixels, of both axes.
-      padding: zeros before and after, of both axes.
+      strides: of both axes, in pixels.
+      padding: of both axes, zeros before and after.
 
     Returns:
       (batch, height, width, features).
     """
-    shape = (tuple(strides), tuple(padding))
-    return lax.platform_dependent(
-        images, kernel, cpu=functools.partial(_cpu_conv, *shape), default=functools.partial(_plain_conv, *shape)
-    )
 
+    def plain(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-def _plain_conv(strides: Any, padding: Any, images: jax.Array, kernel: jax.Array) -> jax.Array:
-    return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cpu_conv(strides: Any, padding: Any, images: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _one_by_one(functools.partial(_plain_conv, strides, padding))(images, kernel)
-
-
-def _forward(strides: Any, padding: Any, images: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
-    images = lax.optimization_barrier(images)  # kept for the gradient, not computed again from what is before it
-    return _cpu_conv(strides, padding, images, kernel), (images, kernel)
-
-
-def _backward(strides: Any, padding: Any, seen: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    plain = functools.partial(_plain_conv, strides, padding)
-
-    def of_images(images: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
+    def images_gradient(gradient: jax.Array, images: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.vjp(lambda images: plain(images, kernel), images)[1](gradient)[0]
 
-    def of_kernel(images: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
-        return _kernel_gradient(strides, padding, images, gradient, kernel.shape).astype(kernel.dtype)
+    def kernel_gradient(gradient: jax.Array, images: jax.Array) -> jax.Array:
+        return _kernel_gradient(gradient, images, strides, padding, kernel.shape).astype(kernel.dtype)
 
-    images, kernel = seen
-    return _one_by_one(of_images)(images, kernel, gradient), _one_by_one(of_kernel)(images, kernel, gradient)
+    def gradients(gradient: jax.Array, images: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        of_images = _one_by_one(images_gradient)(gradient, images, kernel)
+        return of_images, _one_by_one(kernel_gradient)(gradient, images)
+
+    # What the gradient needs, too, is kept: XLA would compute it again from what came before.
+    images = lax.optimization_barrier(images)
+    return _with_cpu_form(plain, value=_one_by_one(plain), gradient=gradients)(images, kernel)
 
 
-_cpu_conv.defvjp(_forward, _backward)
+def _one_by_one(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Under ``jax.vmap``, the function of one after the other: several convolutions would become a grouped one.
+
+    XLA runs that slowly on CPUs.
+    """
+    mappable = jax.custom_batching.custom_vmap(function)
+
+    @mappable.def_vmap
+    def one_by_one(size: int, mapped: Sequence[bool], *arguments: jax.Array) -> tuple[jax.Array, bool]:
+        each = [[a[i] if own else a for a, own in zip(arguments, mapped, strict=True)] for i in range(size)]
+        return jnp.stack([mappable(*own) for own in each]), True
+
+    return mappable
 
 
 def _kernel_gradient(
-    strides: Any, padding: Any, images: jax.Array, gradient: jax.Array, shape: tuple[int, ...]
+    gradient: jax.Array,
+    images: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    shape: Sequence[int],
 ) -> jax.Array:
-    """Sum over positions of output gradient times patch. XLA's, a convolution with a kernel as large as the map, takes four times as long."""
+    """Products of gradients and patches, summed over positions; some images at a time, so that patches stay in a cache.
+
+    XLA's form is a convolution whose kernel is as large as the map, several times slower on CPUs.
+    """
     height, width, channels, features = shape
     count, rows, columns, _ = gradient.shape
     together = max(1, _POSITIONS // (rows * columns))
@@ -78,8 +108,9 @@ def _kernel_gradient(
     precise = jnp.promote_types(images.dtype, jnp.float32)
 
     def add(total: jax.Array, some: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        padded = jnp.pad(some[0], ((0, 0), *padding, (0, 0)))
-        bottom, right = strides[0] * (rows - 1) + 1, strides[1] * (columns - 1) + 1
+        gradient, images = some
+        padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+        bottom, right = (stride * (steps - 1) + 1 for stride, steps in zip(strides, (rows, columns), strict=True))
         patches = jnp.concatenate(
             [
                 padded[:, top : top + bottom : strides[0], left : left + right : strides[1]]
@@ -88,30 +119,12 @@ def _kernel_gradient(
             ],
             axis=-1,
         )
-        product = jnp.matmul(
-            some[1].reshape(-1, features).T,
-            patches.reshape(-1, height * width * channels),
-            preferred_element_type=precise,
-        )
-        return total + product, None
+        each = gradient.reshape(-1, features).T, patches.reshape(-1, math.prod(shape[:-1]))
+        return total + jnp.matmul(*each, preferred_element_type=precise), None
 
-    parts = (array.reshape(-1, together, *array.shape[1:]) for array in (images, gradient))
-    total, _ = lax.scan(add, jnp.zeros((features, height * width * channels), precise), tuple(parts))
+    parts = tuple(array.reshape(-1, together, *array.shape[1:]) for array in (gradient, images))
+    total, _ = lax.scan(add, jnp.zeros((features, height * width * channels), precise), parts)
     return total.T.reshape(shape)
-
-
-def _one_by_one(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The same, but a ``jax.vmap`` of it computes one after the other: of a convolution it would make a grouped one, which XLA runs slowly on a CPU."""
-    mappable = jax.custom_batching.custom_vmap(function)
-
-    @mappable.def_vmap
-    def unrolled(size: int, mapped: Sequence[bool], *arguments: jax.Array) -> tuple[jax.Array, bool]:
-        results = [
-            mappable(*(a[i] if own else a for a, own in zip(arguments, mapped, strict=True))) for i in range(size)
-        ]
-        return jnp.stack(results), True
-
-    return mappable
 
 
 def lrn(x: jax.Array, *, n: int, k: float, alpha: float, beta: float) -> jax.Array:
@@ -141,47 +154,31 @@ def spatial_lrn(x: jax.Array, *, window: int, k: float, alpha: float, beta: floa
     return _normalise(x, (1, window, window, 1), k, alpha, beta)
 
 
-def _normalise(x: jax.Array, window: tuple[int, ...], *constants: float) -> jax.Array:
+def _normalise(x: jax.Array, window: tuple[int, ...], k: float, alpha: float, beta: float) -> jax.Array:
     """Divided by a power of the squares in a window, a width for each axis, that is centred on each value."""
-    return lax.platform_dependent(
-        x,
-        cpu=functools.partial(_cpu_normalise, window, constants),
-        default=functools.partial(_plain_normalise, window, constants),
-    )
+    padding = [(width // 2, (width - 1) // 2) for width in window]
 
+    def scale(x: jax.Array) -> jax.Array:
+        return k + alpha * lax.reduce_window(x * x, 0.0, lax.add, window, (1,) * x.ndim, padding)
 
-def _plain_normalise(window: tuple[int, ...], constants: tuple[float, ...], x: jax.Array) -> jax.Array:
-    k, alpha, beta = constants
-    return x * (k + alpha * _window_sum(x * x, window)) ** -beta
+    def plain(x: jax.Array) -> jax.Array:
+        return x * scale(x) ** -beta
 
+    def power(scale: jax.Array) -> jax.Array:
+        return jnp.exp(-beta * jnp.log(scale))  # on CPUs twice as fast as a power
 
-def _window_sum(x: jax.Array, window: tuple[int, ...], mirrored: bool = False) -> jax.Array:
-    """Over the values that have this one in their window, if it is mirrored."""
-    padding = [(width // 2, (width - 1) // 2)[:: -1 if mirrored else 1] for width in window]
-    return lax.reduce_window(x, 0.0, lax.add, window, (1,) * x.ndim, padding)
+    def value(x: jax.Array) -> jax.Array:
+        return x * power(scale(x))
 
+    def gradient(of_value: jax.Array, x: jax.Array) -> tuple[jax.Array]:
+        # Shorter than what JAX makes of the plain form, which divides, and takes a power, once more.
+        scales = scale(x)
+        own = of_value * power(scales)
+        mirrored = [(after, before) for before, after in padding]
+        others = lax.reduce_window(own * x / scales, 0.0, lax.add, window, (1,) * x.ndim, mirrored)
+        return (own - 2 * alpha * beta * x * others,)
 
-# The gradient is shorter than what differentiating the plain form gives, and exp and log are faster than a power.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cpu_normalise(window: tuple[int, ...], constants: tuple[float, ...], x: jax.Array) -> jax.Array:
-    return _normalise_forward(window, constants, x)[0]
-
-
-def _normalise_forward(window: tuple[int, ...], constants: tuple[float, ...], x: jax.Array) -> tuple[jax.Array, Any]:
-    k, alpha, beta = constants
-    scale = k + alpha * _window_sum(x * x, window)
-    return x * jnp.exp(-beta * jnp.log(scale)), (x, scale)
-
-
-def _normalise_backward(
-    window: tuple[int, ...], constants: tuple[float, ...], seen: Any, gradient: jax.Array
-) -> tuple[jax.Array]:
-    (x, scale), (_, alpha, beta) = seen, constants
-    own = gradient * jnp.exp(-beta * jnp.log(scale))
-    return (own - 2 * alpha * beta * x * _window_sum(own * x / scale, window, mirrored=True),)
-
-
-_cpu_normalise.defvjp(_normalise_forward, _normalise_backward)
+    return _with_cpu_form(plain, value=value, gradient=gradient)(x)
 
 
 def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array:
@@ -199,45 +196,39 @@ def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array
     def plain(x: jax.Array) -> jax.Array:
         return nn.max_pool(x, (window, window), (stride, stride), padding)
 
-    def cpu(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-jnp.inf)
-        return _maximum(1, window, stride, _maximum(2, window, stride, padded))
+    def places(x: jax.Array, axis: int) -> list[jax.Array]:
+        """The first values of all windows along an axis, the second ones, and so on."""
+        reach = x.shape[axis] - window
+        return [lax.slice_in_dim(x, place, place + reach + 1, stride, axis) for place in range(window)]
 
-    return lax.platform_dependent(x, cpu=cpu, default=plain)
+    def maxima(x: jax.Array, axis: int) -> jax.Array:
+        return functools.reduce(jnp.maximum, places(x, axis))
 
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-jnp.inf)
 
-# XLA finds the maxima again, window by window, to know where gradients go: many times slower on a CPU.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _maximum(axis: int, window: int, stride: int, x: jax.Array) -> jax.Array:
-    """Of windows along one axis."""
-    return functools.reduce(jnp.maximum, _places(axis, window, stride, x))
+    def value(x: jax.Array) -> jax.Array:
+        return maxima(maxima(padded(x), 2), 1)
 
+    def along(gradient: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+        """The gradient of maxima along an axis: of equal ones, the first has it, as in XLA."""
+        largest = maxima(x, axis)
+        total, taken = jnp.zeros_like(x), jnp.zeros(largest.shape, bool)
+        for place, values in enumerate(places(x, axis)):
+            first = (values == largest) & ~taken
+            taken |= first
+            spread = [(0, 0, 0)] * x.ndim
+            spread[axis] = (place, x.shape[axis] - place - stride * (largest.shape[axis] - 1) - 1, stride - 1)
+            total += lax.pad(jnp.where(first, gradient, 0), jnp.zeros((), x.dtype), spread)
+        return total
 
-def _places(axis: int, window: int, stride: int, x: jax.Array) -> list[jax.Array]:
-    """The first values of all windows, the second ones, and so on."""
-    reach = x.shape[axis] - window
-    return [lax.slice_in_dim(x, place, place + reach + 1, stride, axis) for place in range(window)]
+    def gradient(of_value: jax.Array, x: jax.Array) -> tuple[jax.Array]:
+        # XLA looks for the maxima again, window by window, to know where the gradient goes.
+        whole = padded(x)
+        found = along(along(of_value, maxima(whole, 2), 1), whole, 2)
+        return (found[:, : x.shape[1], : x.shape[2]],)
 
-
-def _maximum_forward(axis: int, window: int, stride: int, x: jax.Array) -> tuple[jax.Array, Any]:
-    maxima = _maximum(axis, window, stride, x)
-    return maxima, (x, maxima)
-
-
-def _maximum_backward(axis: int, window: int, stride: int, seen: Any, gradient: jax.Array) -> tuple[jax.Array]:
-    x, maxima = seen
-    total, taken = jnp.zeros_like(x), jnp.zeros(maxima.shape, bool)
-    for place, values in enumerate(_places(axis, window, stride, x)):
-        first = (values == maxima) & ~taken  # of equal maxima, the first has the gradient, as in XLA
-        taken |= first
-        borders = [(0, 0, 0)] * x.ndim
-        span = stride * (maxima.shape[axis] - 1) + 1
-        borders[axis] = (place, x.shape[axis] - place - span, stride - 1)
-        total += lax.pad(jnp.where(first, gradient, 0), jnp.zeros((), x.dtype), borders)
-    return (total,)
-
-
-_maximum.defvjp(_maximum_forward, _maximum_backward)
+    return _with_cpu_form(plain, value=value, gradient=gradient)(x)
 
 
 def avg_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array:

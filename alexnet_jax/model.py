@@ -16,7 +16,7 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from alexnet_jax import layers
-from alexnet_jax.towers import AXIS
+from alexnet_jax.towers import TOWER, row_numbers
 
 ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
 OPERATIONS = ("activation", "lrn", "spatial_lrn", "max_pool", "avg_pool", "dropout")
@@ -42,7 +42,8 @@ class AlexNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Images (batch, height, width, channels), the same on every tower, to logits (batch, classes), the same too.
 
-        Needs the axis ``"tower"``; in training also an rng named "dropout", which should differ between towers.
+        Needs the axis ``"tower"``; in training also ``"data"``, over which batches are divided, and an rng named
+        "dropout", which should differ between towers.
 
         Raises:
           ValueError: a kernel or a pooling window does not fit the map it meets.
@@ -60,14 +61,14 @@ class AlexNet(nn.Module):
     def _gather(self, name: str, x: jax.Array) -> jax.Array:
         """The channels (last axis) of all towers, side by side, on every tower: what the named layer sees."""
         self.sow("intermediates", f"{name}_exchanged", x)
-        gathered = jnp.moveaxis(lax.all_gather(x, AXIS), 0, -2)  # tiled=True would turn the maps over, on both sides
+        gathered = jnp.moveaxis(lax.all_gather(x, TOWER), 0, -2)  # tiled=True would turn the maps over, on both sides
         return gathered.reshape(*x.shape[:-1], -1)
 
     def _weights(self, name: str, x: jax.Array) -> jax.Array:
         """The convolution or dense layer itself: this tower's share of its features."""
         layer = self.config.layers[name]
         features = self.classes if layer.features is None else layer.features
-        share = -(-features // lax.axis_size(AXIS))  # rounded up: the head is padded, and cut after the gather
+        share = -(-features // lax.axis_size(TOWER))  # rounded up: the head is padded, and cut after the gather
         draw = DISTRIBUTIONS[self.config.init]
 
         def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -115,12 +116,21 @@ class AlexNet(nn.Module):
                 pool = {"max_pool": layers.max_pool, "avg_pool": layers.avg_pool}[operation]
                 return pool(x, window=config.pool.window, stride=config.pool.stride, ceil=config.pool.ceil)
             case "dropout":
-                rate = config.dropout.rate
-                dropped = nn.Dropout(rate, deterministic=not train)(x)  # times 1 / (1 - rate) in training
-                # The paper's form (section 4.2): masked in training, times the kept share in testing.
-                return dropped if config.dropout.inverted else (1 - rate) * dropped
+                return self._dropout(x, train)
             case _:
                 raise ValueError(f"no such operation: {operation!r}")
+
+    def _dropout(self, x: jax.Array, train: bool) -> jax.Array:
+        """The paper's form (section 4.2): masked in training, times the kept share in testing; or else inverted."""
+        kept, inverted = 1 - self.config.dropout.rate, self.config.dropout.inverted
+        if kept == 1:
+            return x
+        if not train:
+            return x if inverted else kept * x
+        # An image's mask depends on its place in the batch, wherever that is divided.
+        keys = jax.vmap(partial(jax.random.fold_in, self.make_rng("dropout")))(row_numbers(len(x)))
+        mask = jax.vmap(lambda key: jax.random.bernoulli(key, kept, x.shape[1:]))(keys)
+        return jnp.where(mask, x / kept if inverted else x, 0)
 
     def _lrn(self, name: str, x: jax.Array) -> jax.Array:
         """Normalised over neighbouring channels: this tower's, or, where it crosses, also those beyond its border."""
@@ -128,13 +138,13 @@ class AlexNet(nn.Module):
         normalise = partial(layers.lrn, n=lrn.n, k=lrn.k, alpha=lrn.alpha, beta=lrn.beta)
         if not lrn.crosses:
             return normalise(x)
-        towers, channels, before, after = lax.axis_size(AXIS), x.shape[-1], lrn.n // 2, (lrn.n - 1) // 2
+        towers, channels, before, after = lax.axis_size(TOWER), x.shape[-1], lrn.n // 2, (lrn.n - 1) // 2
         last, first = x[..., channels - before :], x[..., :after]
         self.sow("intermediates", f"{name}_lrn_exchanged", last)
         right, left = ([(i, (i + step) % towers) for i in range(towers)] for step in (1, -1))
         # The outermost towers have nothing beyond them: what comes round the ring counts as zeros there.
-        before_it = lax.ppermute(last, AXIS, right) * (lax.axis_index(AXIS) > 0)
-        after_it = lax.ppermute(first, AXIS, left) * (lax.axis_index(AXIS) < towers - 1)
+        before_it = lax.ppermute(last, TOWER, right) * (lax.axis_index(TOWER) > 0)
+        after_it = lax.ppermute(first, TOWER, left) * (lax.axis_index(TOWER) < towers - 1)
         return normalise(jnp.concatenate([before_it, x, after_it], axis=-1))[..., before : before + channels]
 
 
@@ -153,7 +163,7 @@ def init(config: ConfigDict, classes: int, image_shape: tuple[int, int, int], ke
     def init_tower(tower: jax.Array) -> dict:
         return model.lazy_init(jax.random.fold_in(key, tower), images, train=False)["params"]
 
-    return jax.vmap(init_tower, axis_name=AXIS)(jnp.arange(config.towers))
+    return jax.vmap(init_tower, axis_name=TOWER)(jnp.arange(config.towers))
 
 
 def count_parameters(params: dict) -> int:

@@ -24,7 +24,7 @@ from alexnet_jax.checkpoint import Weights
 from alexnet_jax.model import AlexNet
 from alexnet_jax.panels import Prediction
 from alexnet_jax.pixels import Pixels
-from alexnet_jax.towers import AXIS, Executor
+from alexnet_jax.towers import TOWER, Executor, all_rows, own_rows
 
 
 def predict(
@@ -86,10 +86,11 @@ def features(config: ConfigDict, classes: int, pixels: Pixels, executor: Executo
             return call(*args, **kwargs)
 
         with nn.intercept_methods(note):
-            model.apply({"params": params}, augment.inputs(images, centre, config.data, pixels), train=False)
+            own = augment.inputs(own_rows(images), centre, config.data, pixels)
+            model.apply({"params": params}, own, train=False)
         (found,) = inputs
-        found = found.reshape(len(found), -1)
-        return found if config.model.layers[last].crosses else lax.all_gather(found, AXIS, axis=1, tiled=True)
+        found = all_rows(found.reshape(len(found), -1), len(images))
+        return found if config.model.layers[last].crosses else lax.all_gather(found, TOWER, axis=1, tiled=True)
 
     return executor.map(tower, in_axes=(0, None), out_axes=None)
 

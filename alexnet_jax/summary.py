@@ -19,7 +19,7 @@ from rich.table import Table
 from alexnet_jax import config as config_lib
 from alexnet_jax import model
 from alexnet_jax.optim import KERNEL
-from alexnet_jax.towers import AXIS
+from alexnet_jax.towers import TOWER
 
 
 class Row(NamedTuple):
@@ -73,7 +73,7 @@ def rows(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) ->
                 {"params": own}, images, train=False, capture_intermediates=True, mutable=["intermediates"]
             )[1]["intermediates"]
 
-        return params, jax.vmap(tower, axis_name=AXIS)(params)
+        return params, jax.vmap(tower, axis_name=TOWER)(params)
 
     params, seen = jax.eval_shape(shapes)
 

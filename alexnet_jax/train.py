@@ -24,7 +24,7 @@ from alexnet_jax.config import as_json, validate
 from alexnet_jax.logs import Logs
 from alexnet_jax.pixels import Pixels
 from alexnet_jax.progress import Clock, Progress
-from alexnet_jax.towers import AXIS, Executor
+from alexnet_jax.towers import DATA, TOWER, Executor, own_rows, row_numbers
 
 
 class State(flax.struct.PyTreeNode):
@@ -114,20 +114,25 @@ def train_step(config: ConfigDict, dataset: data.DataSet, seen: Pixels, executor
     ) -> State:
         views_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
         colours = until is None or ~optim.reached(until, step - 1, epoch_steps)
-        images = augment.random_inputs(batch["image"], config.data, seen, views_key, colours)
-        rngs = {"dropout": jax.random.fold_in(dropout_key, lax.axis_index(AXIS))}
+        count, own = len(batch["image"]), jax.tree.map(own_rows, batch)
+        positions = row_numbers(len(own["image"]))
+        images = augment.random_inputs(own["image"], positions, config.data, seen, views_key, colours)
+        rngs = {"dropout": jax.random.fold_in(dropout_key, lax.axis_index(TOWER))}
+        counts = (positions < count).astype(jnp.float32)  # not what a share is filled up with
 
         def loss_share(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             logits: Any = net.apply({"params": params}, images, train=True, rngs=rngs)
-            metrics = evaluate.per_image(logits, batch["label"])
+            metrics = evaluate.per_image(logits, own["label"])
             # Each tower's gradient is that of the sum over towers, and each has computed the whole loss.
-            return metrics["loss"].mean() / lax.axis_size(AXIS), metrics
+            return (counts * metrics["loss"]).sum() / count / lax.axis_size(TOWER), metrics
 
         gradients, metrics = jax.grad(loss_share, has_aux=True)(state.params)
+        metrics["images"] = counts
+        totals = {name: (counts * values).sum() for name, values in metrics.items()}
+        gradients, totals = lax.psum((gradients, totals), DATA)
         rates = optim.learning_rates(config.optim, config.model.layers, step - 1, epoch_steps, stalls)
         updates, opt_state = rule.update(gradients, state.opt_state, state.params, rates=rates)
-        metrics["images"] = jnp.ones(len(images))
-        sums = {name: state.sums[name] + values.sum() for name, values in metrics.items()}
+        sums = {name: state.sums[name] + total for name, total in totals.items()}
         return State(optax.apply_updates(state.params, updates), opt_state, sums)
 
     return executor.map(tower_step, in_axes=(0, None, None, None, None), out_axes=0, donate_argnums=(0,))

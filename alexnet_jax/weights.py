@@ -34,7 +34,7 @@ from alexnet_jax import augment, model, pixels, records, train
 from alexnet_jax import config as config_lib
 from alexnet_jax.checkpoint import Weights, read_run
 from alexnet_jax.optim import BIAS, KERNEL
-from alexnet_jax.towers import AXIS
+from alexnet_jax.towers import TOWER
 
 Params = dict[str, dict[str, Any]]
 Arrays = dict[str, np.ndarray]
@@ -264,7 +264,7 @@ def forward(weights: Weights) -> Callable[[jax.Array], Any]:
     def logits(images: jax.Array) -> Any:
         views = augment.inputs(images, augment.View(0, 0, False), config.data, seen)
         apply = jax.vmap(
-            lambda params: net.apply({"params": params}, views, train=False), axis_name=AXIS, out_axes=None
+            lambda params: net.apply({"params": params}, views, train=False), axis_name=TOWER, out_axes=None
         )
         return apply(weights.params)
 

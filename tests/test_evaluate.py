@@ -13,7 +13,7 @@ from conftest import TINY, any_pixels, run_config
 
 from alexnet_jax import augment, batches, checkpoint, data, evaluate, model, train
 from alexnet_jax.checkpoint import Weights
-from alexnet_jax.towers import AXIS, Executor
+from alexnet_jax.towers import TOWER, Executor
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -30,7 +30,7 @@ def probabilities(config, params, seen, images: np.ndarray, views: int) -> np.nd
         jax.vmap(
             lambda own, inputs: net.apply({"params": own}, inputs, train=False),
             in_axes=(0, None),
-            axis_name=AXIS,
+            axis_name=TOWER,
             out_axes=None,
         )
     )

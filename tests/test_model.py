@@ -9,7 +9,7 @@ from conftest import run_config
 from alexnet_jax import model, train
 from alexnet_jax.data import DataSet
 from alexnet_jax.evaluate import per_image
-from alexnet_jax.towers import AXIS
+from alexnet_jax.towers import TOWER, Executor
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -68,7 +68,7 @@ def test_maps_of_the_papers_net(window: int) -> None:
         return net.apply(variables, images, train=False, capture_intermediates=True, mutable=["intermediates"])[1]
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-    captured = jax.eval_shape(jax.vmap(shapes, axis_name=AXIS), keys)["intermediates"]
+    captured = jax.eval_shape(jax.vmap(shapes, axis_name=TOWER), keys)["intermediates"]
     maps = {name: captured[name]["__call__"][0].shape[2:] for name in PARAMETERS}
     assert maps == {
         "conv1": (55, 55, 48),
@@ -91,7 +91,7 @@ def test_initial_loss_is_that_of_guessing(scale: str, classes: int, channels: in
     images = generator.normal(0, 70 / config.data.std[0], (8, config.data.crop, config.data.crop, channels))
     net = model.AlexNet(config.model, classes)
     forward = jax.vmap(
-        lambda p: net.apply({"params": p}, jnp.array(images), train=False), axis_name=AXIS, out_axes=None
+        lambda p: net.apply({"params": p}, jnp.array(images), train=False), axis_name=TOWER, out_axes=None
     )
     labels = jnp.array(generator.integers(0, classes, 8))
     assert abs(per_image(forward(params), labels)["loss"].mean() - np.log(classes)) < 0.2
@@ -103,7 +103,7 @@ def test_classes_that_do_not_divide_by_the_towers_are_padded_and_cut() -> None:
     images = jnp.array(np.random.default_rng(0).normal(size=(3, 24, 24, 1)))
     params = model.init(config, 7, images.shape[1:], jax.random.key(0))
     assert params["fc8"]["kernel"].shape == (2, 256, 4)
-    forward = jax.vmap(lambda p: net.apply({"params": p}, images, train=False), axis_name=AXIS, out_axes=None)
+    forward = jax.vmap(lambda p: net.apply({"params": p}, images, train=False), axis_name=TOWER, out_axes=None)
     logits = forward(params)
     assert logits.shape == (3, 7)
     # The eighth neuron, the second tower's last, is the one that counts for nothing.
@@ -143,7 +143,7 @@ def test_dropout_masks_in_training_and_halves_in_testing(inverted: bool, kept: f
             rngs = {"dropout": jax.random.fold_in(jax.random.key(0), number)}
             return net.apply({"params": p}, images, train=train, rngs=rngs)
 
-        return jax.vmap(tower, axis_name=AXIS, out_axes=None)(params, jnp.arange(2))
+        return Executor("vmap", 2).map(tower, in_axes=(0, 0), out_axes=None)(params, jnp.arange(2))
 
     assert (outputs(train=False) == tested).all()
     masked = outputs(train=True)
@@ -197,7 +197,7 @@ def test_a_field_changes_the_function_and_only_some_the_parameters(key, value, s
     def logits_and_shapes(config) -> tuple[np.ndarray, dict]:
         params = jax.jit(lambda: model.init(config, 10, (23, 23, 1), jax.random.key(0)))()
         net = model.AlexNet(config, 10)
-        forward = jax.vmap(lambda p: net.apply({"params": p}, images, train=False), axis_name=AXIS, out_axes=None)
+        forward = jax.vmap(lambda p: net.apply({"params": p}, images, train=False), axis_name=TOWER, out_axes=None)
         return np.asarray(jax.jit(forward)(params)), jax.tree.map(jnp.shape, params)
 
     one, shapes = logits_and_shapes(config)

@@ -10,7 +10,7 @@ from alexnet_jax import config as config_lib
 from alexnet_jax import model, summary, weights
 from alexnet_jax.evaluate import per_image
 from alexnet_jax.optim import KERNEL
-from alexnet_jax.towers import AXIS, Executor
+from alexnet_jax.towers import TOWER, Executor
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -102,7 +102,7 @@ def test_what_is_exchanged_is_what_the_collectives_carry(name: str) -> None:
     def tower(own, images):
         return net.apply({"params": own}, images, train=False)
 
-    program = jax.make_jaxpr(tower, axis_env=[(AXIS, 2)])(own, jnp.zeros((1, *shape)))
+    program = jax.make_jaxpr(tower, axis_env=[(TOWER, 2)])(own, jnp.zeros((1, *shape)))
     carried = [eqn for eqn in program.eqns if eqn.primitive.name in ("all_gather", "ppermute")]
     # Two towers in a row need the halo of one side each, and send that of both.
     halves = {"all_gather": 2, "ppermute": 4}
@@ -189,7 +189,7 @@ def test_the_seeds_nets_are_its_keras_models(name: str, fc6: int, fc7: int) -> N
         output = model.AlexNet(config.model, 1000).apply({"params": own}, images, train=False)
         return per_image(output, labels)["loss"].mean(), output
 
-    ours, output = jax.jit(jax.vmap(jax.grad(loss, has_aux=True), axis_name=AXIS))(params)
+    ours, output = jax.jit(jax.vmap(jax.grad(loss, has_aux=True), axis_name=TOWER))(params)
     np.testing.assert_allclose(output[0], logits, rtol=0, atol=1e-5 * np.abs(logits).max())
     for layer, kinds in ours.items():
         for kind, wanted in zip((KERNEL, "bias"), gradients[layer], strict=True):

@@ -235,7 +235,7 @@ from jax import lax
 def meet_late(x):
     count = x.astype(int)
     x = lax.fori_loop(0, count, lambda i, y: lax.fori_loop(0, count, lambda j, z: z + 1e-9, y), x)
-    return lax.psum(x, towers.AXIS)
+    return lax.psum(x, towers.TOWER)
 
 executor = towers.Executor("pmap", 2)
 executor.map(meet_late, in_axes=(0,), out_axes=None)(jnp.array([0.0, 1e7]))

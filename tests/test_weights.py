@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import augment, checkpoint, model, records, train, weights
 from alexnet_jax import config as config_lib
-from alexnet_jax.towers import AXIS
+from alexnet_jax.towers import TOWER
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -63,7 +63,7 @@ def test_a_mean_image_travels_beside_the_weights(tmp_path: Path, name: str) -> N
     (view,) = augment.evaluation_views(1, ours.config.data.image_size, ours.config.data.crop)
     seen = augment.inputs(whole, view, ours.config.data, ours.pixels)
     net = model.AlexNet(ours.config.model, CLASSES)
-    apply = jax.vmap(lambda own: net.apply({"params": own}, seen, train=False), axis_name=AXIS, out_axes=None)
+    apply = jax.vmap(lambda own: net.apply({"params": own}, seen, train=False), axis_name=TOWER, out_axes=None)
     logits = apply(ours.params)
     np.testing.assert_allclose(weights.forward(ours)(images), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
 
