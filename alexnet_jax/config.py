@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import records
-from alexnet_jax.model import ACTIVATIONS, DISTRIBUTIONS, OPERATIONS
+from alexnet_jax.model import ACTIVATIONS, DISTRIBUTIONS, DTYPES, OPERATIONS
 from alexnet_jax.pixels import SUBTRACT
 from alexnet_jax.towers import EXECUTORS
 
@@ -149,6 +149,7 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
     yield "model.towers", _at_least(1)
     yield "model.activation", _one_of(*ACTIVATIONS)
     yield "model.init", _one_of(*DISTRIBUTIONS)
+    yield "model.dtype", _one_of(*DTYPES)
     yield "model.order", _some_of(*model.layers)
     yield "model.order", _Rule(lambda order: len(set(order)) == len(order) > 0, "at least one layer, and each once")
     for name in model.order:
@@ -188,6 +189,7 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
     yield "train.batch_size", _at_least(1)
     yield "train.epochs", _POSITIVE
     yield "train.log_every", _at_least(1)
+    yield "train.profile", _at_least(0)
     yield "train.checkpoint_every", _at_least(1)
     yield "train.keep_checkpoints", _at_least(1)
     yield "eval.batch_size", _at_least(1)

@@ -178,7 +178,8 @@ def _normalise(x: jax.Array, window: tuple[int, ...], k: float, alpha: float, be
         others = lax.reduce_window(own * x / scales, 0.0, lax.add, window, (1,) * x.ndim, mirrored)
         return (own - 2 * alpha * beta * x * others,)
 
-    return _with_cpu_form(plain, value=value, gradient=gradient)(x)
+    precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return _with_cpu_form(plain, value=value, gradient=gradient)(precise).astype(x.dtype)
 
 
 def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array:

@@ -4,9 +4,11 @@ Kept short: everything it does is a function that a notebook can call.
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -28,6 +30,7 @@ def main(argv: list[str]) -> None:
     logging.getLogger().setLevel(logging.ERROR)  # the libraries' chatter would drown the runs' own lines
     folder = Path(_WORKDIR.value or Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem)
     towers.ensure_host_devices(config.FLAG.value.model.towers)
+    _keep_compiled()
     try:
         if _SEEDS.value is not None:
             config.FLAG.value.seeds = study.parse_seeds(_SEEDS.value)
@@ -40,6 +43,16 @@ def main(argv: list[str]) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt as stopped:
         sys.exit(f"{stopped}\nthe same command goes on from there")
+
+
+def _keep_compiled() -> None:
+    """What one run has compiled, neither the next one nor the same command again need compile.
+
+    It is kept in the user's cache, unless JAX_COMPILATION_CACHE_DIR says where.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "alexnet_jax"))
 
 
 if __name__ == "__main__":

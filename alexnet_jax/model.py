@@ -5,12 +5,14 @@ only where a layer crosses: there the channels of all towers are gathered. The l
 (``configs/base.py``): a new AlexNet is a config, not a class.
 """
 
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from ml_collections import ConfigDict
@@ -18,12 +20,13 @@ from ml_collections import ConfigDict
 from alexnet_jax import layers
 from alexnet_jax.towers import TOWER, row_numbers
 
+DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
 OPERATIONS = ("activation", "lrn", "spatial_lrn", "max_pool", "avg_pool", "dropout")
 # What initial values are drawn from; both have mean 0 and standard deviation 1.
-DISTRIBUTIONS: dict[str, Callable[..., jax.Array]] = {
-    "normal": jax.random.normal,
-    "uniform": partial(jax.random.uniform, minval=-(3**0.5), maxval=3**0.5),
+DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
+    "normal": lambda generator, shape: generator.standard_normal(shape, np.float32),
+    "uniform": lambda generator, shape: 3**0.5 * (2 * generator.random(shape, np.float32) - 1),
 }
 
 
@@ -48,7 +51,7 @@ class AlexNet(nn.Module):
         Raises:
           ValueError: a kernel or a pooling window does not fit the map it meets.
         """
-        x = images
+        x = images.astype(self.config.dtype)
         for name in self.config.order:
             layer = self.config.layers[name]
             if layer.crosses:
@@ -56,7 +59,7 @@ class AlexNet(nn.Module):
             x = self._weights(name, x)
             for operation in layer.then:
                 x = self._operation(name, operation, x, train)
-        return self._gather("logits", x)[:, : self.classes]
+        return self._gather("logits", x.astype(jnp.float32))[:, : self.classes]
 
     def _gather(self, name: str, x: jax.Array) -> jax.Array:
         """The channels (last axis) of all towers, side by side, on every tower: what the named layer sees."""
@@ -69,17 +72,13 @@ class AlexNet(nn.Module):
         layer = self.config.layers[name]
         features = self.classes if layer.features is None else layer.features
         share = -(-features // lax.axis_size(TOWER))  # rounded up: the head is padded, and cut after the gather
-        draw = DISTRIBUTIONS[self.config.init]
-
-        def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-            return layer.weight_std * draw(key, shape, dtype)
-
-        def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-            spread = layer.bias_std * draw(key, shape, dtype) if layer.bias_std else jnp.zeros(shape, dtype)
-            return layer.bias + spread
-
+        how = {
+            "dtype": self.config.dtype,  # computed in; parameters are float32
+            "kernel_init": nn.initializers.zeros,  # `init` fills them
+            "bias_init": nn.initializers.zeros,
+        }
         if layer.kind == "dense":
-            dense = nn.Dense(share, kernel_init=kernel_init, bias_init=bias_init, name=name)
+            dense = nn.Dense(share, name=name, **how)
             return dense(x.reshape(x.shape[0], -1))
         size, (before, after) = x.shape[1], layer.padding
         if size + before + after < layer.kernel:
@@ -93,9 +92,8 @@ class AlexNet(nn.Module):
             (layer.kernel, layer.kernel),
             strides=layer.stride,
             padding=((before, after), (before, after)),
-            kernel_init=kernel_init,
-            bias_init=bias_init,
             name=name,
+            **how,
         )
         return conv(x)
 
@@ -148,22 +146,45 @@ class AlexNet(nn.Module):
         return normalise(jnp.concatenate([before_it, x, after_it], axis=-1))[..., before : before + channels]
 
 
-def init(config: ConfigDict, classes: int, image_shape: tuple[int, int, int], key: jax.Array) -> dict:
-    """Initial parameters, each with a leading axis of ``config.towers``.
-
-    A parameter's values depend on the key, its tower, its layer's name and its shape only: nets that share a
-    layer start from the same weights there.
+def shapes(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> dict:
+    """Parameters as ``jax.ShapeDtypeStruct``, each with a leading axis of ``config.towers``.
 
     Args:
       image_shape: (height, width, channels) of what the net sees, that is after cropping.
+
+    Raises:
+      ValueError: a kernel or a pooling window does not fit the map it meets.
     """
     model = AlexNet(config, classes)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
-    def init_tower(tower: jax.Array) -> dict:
-        return model.lazy_init(jax.random.fold_in(key, tower), images, train=False)["params"]
+    def of_tower(_: jax.Array) -> dict:
+        return model.lazy_init(jax.random.key(0), images, train=False)["params"]
 
-    return jax.vmap(init_tower, axis_name=TOWER)(jnp.arange(config.towers))
+    return jax.eval_shape(jax.vmap(of_tower, axis_name=TOWER), jnp.arange(config.towers))
+
+
+def init(config: ConfigDict, classes: int, image_shape: tuple[int, int, int], seed: int) -> dict:
+    """Initial parameters, NumPy arrays, each with a leading axis of ``config.towers`` (paper, section 5).
+
+    A parameter's values depend on the seed, its tower, its layer's name and its shape only: nets that share a
+    layer start from the same weights there, on any device. Nothing has to be compiled for it.
+
+    Arguments and errors are those of ``shapes``.
+    """
+    draw = DISTRIBUTIONS[config.init]
+
+    def layer_of_tower(name: str, layer: ConfigDict, tower: int, shape: dict) -> dict[str, np.ndarray]:
+        generator = np.random.default_rng((seed, tower, zlib.crc32(name.encode())))
+        kernel = layer.weight_std * draw(generator, shape["kernel"].shape[1:])
+        bias = layer.bias + layer.bias_std * draw(generator, shape["bias"].shape[1:])
+        return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+
+    params = {}
+    for name, shape in shapes(config, classes, image_shape).items():
+        towers = [layer_of_tower(name, config.layers[name], tower, shape) for tower in range(config.towers)]
+        params[name] = jax.tree.map(lambda *each: np.stack(each), *towers)
+    return params
 
 
 def count_parameters(params: dict) -> int:

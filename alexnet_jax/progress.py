@@ -5,6 +5,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -14,6 +15,7 @@ from alexnet_jax import optim
 from alexnet_jax.batches import Batch
 
 TOLERABLE_WAIT = 0.1  # of the training time
+COMPILING = 2  # first steps of a run, which are not like the others
 
 
 @dataclasses.dataclass
@@ -44,6 +46,22 @@ class Progress:
         return cls(**values | {"stall": optim.Stall(**values["stall"])})
 
 
+def traced(batches: Iterator[Batch], steps: int, folder: Path) -> Iterator[Batch]:
+    """The same batches; what is done with some of them is recorded for TensorBoard and Perfetto.
+
+    Args:
+      steps: how many, after those that compile; 0 for none.
+      folder: for ``plugins/profile/``; what is there stays.
+    """
+    with contextlib.ExitStack() as recording:
+        for number, batch in enumerate(batches):
+            if number == COMPILING and steps:
+                recording.enter_context(jax.profiler.trace(folder, create_perfetto_trace=True))
+            if number == COMPILING + steps:
+                recording.close()
+            yield batch
+
+
 class Clock:
     """Keeps the times of a ``Progress``."""
 
@@ -62,7 +80,8 @@ class Clock:
         """
         while True:
             began = time.monotonic()
-            batch = next(batches, None)
+            with jax.profiler.TraceAnnotation("wait for images"):
+                batch = next(batches, None)
             if batch is None:
                 return
             if self._mark is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import filelock
 from ml_collections import ConfigDict
 
-from alexnet_jax import logs, records, report, summary, train
+from alexnet_jax import logs, records, summary, train
 from alexnet_jax.config import as_json, flatten, run_config
 
 POLL = 5.0  # seconds between looks at what other machines have done
@@ -137,6 +137,8 @@ def run_study(config: ConfigDict, workdir: Path | str, only: Sequence[str] = ())
         _check_folders(runs)
         _describe(config, workdir, sizes)
     failed += _run_all(runs)
+    from alexnet_jax import report  # what it draws and calculates with would keep the first step waiting
+
     report.write(workdir)
     return failed
 

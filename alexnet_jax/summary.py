@@ -64,18 +64,14 @@ def rows(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) ->
     """
     net, towers = model.AlexNet(config, classes), config.towers
 
-    def shapes() -> tuple[Any, Any]:
-        params = model.init(config, classes, image_shape, jax.random.key(0))
+    def tower(own: Any) -> Any:
+        images = jnp.zeros((1, *image_shape))
+        return net.apply(
+            {"params": own}, images, train=False, capture_intermediates=True, mutable=["intermediates"]
+        )[1]["intermediates"]
 
-        def tower(own: Any) -> Any:
-            images = jnp.zeros((1, *image_shape))
-            return net.apply(
-                {"params": own}, images, train=False, capture_intermediates=True, mutable=["intermediates"]
-            )[1]["intermediates"]
-
-        return params, jax.vmap(tower, axis_name=TOWER)(params)
-
-    params, seen = jax.eval_shape(shapes)
+    params = model.shapes(config, classes, image_shape)
+    seen = jax.eval_shape(jax.vmap(tower, axis_name=TOWER), params)
 
     def exchanged(name: str) -> tuple[int, ...]:
         found = [seen[key][0] for key in (f"{name}_exchanged", f"{name}_lrn_exchanged") if key in seen]

@@ -72,7 +72,9 @@ class Executor:
         mesh_shape = {"vmap": (1, 1), "pmap": (1, towers), "shard_map": (shares, towers)}[name]
         self.devices = devices[: math.prod(mesh_shape)]
         self._mesh = Mesh(np.array(self.devices).reshape(mesh_shape), (DATA, TOWER))
-        self.sharding = NamedSharding(self._mesh, PartitionSpec(TOWER))
+        # As pmap itself says it: it would compile a second time for its own results.
+        placed = Mesh(np.array(self.devices), (TOWER,)) if name == "pmap" else self._mesh
+        self.sharding = NamedSharding(placed, PartitionSpec(TOWER))
         # Host devices share one thread pool. A step dispatched while another is in flight can take the threads on
         # which the first one's other tower would answer: both wait for ever, and XLA aborts the process.
         self._waits = len(self.devices) > 1 and devices[0].platform == "cpu"

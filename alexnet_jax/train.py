@@ -23,7 +23,7 @@ from alexnet_jax.checkpoint import Checkpoints, Weights
 from alexnet_jax.config import as_json, validate
 from alexnet_jax.logs import Logs
 from alexnet_jax.pixels import Pixels
-from alexnet_jax.progress import Clock, Progress
+from alexnet_jax.progress import Clock, Progress, traced
 from alexnet_jax.towers import DATA, TOWER, Executor, own_rows, row_numbers
 
 
@@ -38,7 +38,7 @@ class State(flax.struct.PyTreeNode):
 
     params: Any
     opt_state: Any
-    sums: dict[str, jax.Array]
+    sums: dict[str, Any]
 
 
 def prepare(config: ConfigDict) -> tuple[data.DataSet, Executor]:
@@ -65,7 +65,7 @@ def prepare(config: ConfigDict) -> tuple[data.DataSet, Executor]:
             f"data.augment.colour.noise={config.data.augment.colour.noise}: must be 0 for images without colours, "
             f"and those of {config.data.name} have {dataset.channels} channel(s)"
         )
-    jax.eval_shape(lambda: init_state(config, dataset))
+    model.shapes(config.model, dataset.classes, (config.data.crop, config.data.crop, dataset.channels))
     return dataset, Executor(config.train.executor, config.model.towers)
 
 
@@ -82,20 +82,19 @@ def count_steps(config: ConfigDict, dataset: data.DataSet) -> int:
 def init_state(config: ConfigDict, dataset: data.DataSet) -> State:
     """The state before the first step: a function of the config's seed."""
     shape = (config.data.crop, config.data.crop, dataset.channels)
-    key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    init = jax.jit(partial(model.init, config.model, dataset.classes, shape))  # one program, not one for each draw
-    return start(config, init(key))
+    return start(config, model.init(config.model, dataset.classes, shape, config.seed))
 
 
 def start(config: ConfigDict, params: Any) -> State:
-    """The state of a net with these parameters before the first step."""
-    opt_state = jax.vmap(optim.sgd(config.optim, config.model.layers).init)(params)
-    return State(params, opt_state, no_sums(config.model.towers))
+    """The state of a net with these parameters before the first step, on the host: ``Executor.place`` it."""
+    opt_state = jax.eval_shape(jax.vmap(optim.sgd(config.optim, config.model.layers).init), params)
+    velocities = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), opt_state)
+    return State(params, velocities, no_sums(config.model.towers))
 
 
-def no_sums(towers: int) -> dict[str, jax.Array]:
+def no_sums(towers: int) -> dict[str, np.ndarray]:
     """``State.sums`` when they were just logged."""
-    return {name: jnp.zeros(towers) for name in ("loss", "top1_error", "top5_error", "images")}
+    return {name: np.zeros(towers, np.float32) for name in ("loss", "top1_error", "top5_error", "images")}
 
 
 def train_step(config: ConfigDict, dataset: data.DataSet, seen: Pixels, executor: Executor) -> Callable[..., State]:
@@ -203,8 +202,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
             )
             clock = Clock(progress)
             read = batches.train_batches(dataset.train, config, seed=config.seed, start=progress.step, stop=steps)
-            for step, batch in enumerate(clock.waiting(read), progress.step + 1):
-                state = run_step(state, batch, np.uint32(config.seed), np.int32(step), np.int32(progress.stall.cuts))
+            read = traced(clock.waiting(read), config.train.profile, workdir)
+            for step, batch in enumerate(read, progress.step + 1):
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state = run_step(
+                        state, batch, np.uint32(config.seed), np.int32(step), np.int32(progress.stall.cuts)
+                    )
                 clock.count(config.train.batch_size, state)
                 progress.step = step
                 logs.progress(step)

@@ -280,7 +280,7 @@ def _shapes(config: ConfigDict, first_size: int, classes: int) -> Params:
     first = config.model.layers[config.model.order[0]]
     channels = 1 if first.kind == "conv" and first_size == first.kernel**2 * first.features else 3
     image_shape = (config.data.crop, config.data.crop, channels)
-    params = jax.eval_shape(lambda: model.init(config.model, classes, image_shape, jax.random.key(0)))
+    params = model.shapes(config.model, classes, image_shape)
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         towers, *shape, features = leaf.shape

@@ -105,6 +105,8 @@ def get_config(scale: str = "imagenet2012", among: Iterable[str] = scales.SCALES
     config.model.towers = 2  # section 3.2
     config.model.activation = "relu"  # section 3.1; or "tanh"
     config.model.init = "normal"  # section 5; or "uniform": what initial weights are drawn from
+    # What is computed in. With "bfloat16", parameters, their updates and the loss stay float32; CPUs are slower so.
+    config.model.dtype = "float32"
 
     # Figure 2. Kernels and neurons are those of both towers together.
     config.model.order = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -196,10 +198,14 @@ def get_config(scale: str = "imagenet2012", among: Iterable[str] = scales.SCALES
     config.optim.biases.cut_divisor = placeholder(float)  # None: the weights'
 
     config.train = ConfigDict()
-    config.train.executor = "auto"  # or "vmap": one device; "pmap": one device a tower
+    # Where towers are: "vmap": on one device; "pmap": each on its own; "shard_map": each on several, which share the
+    # batch; "auto": the last of these that has devices enough.
+    config.train.executor = "auto"
     config.train.batch_size = 128
     config.train.epochs = 90.0
     config.train.log_every = 100  # steps
+    # Steps that jax.profiler records in the run's folder, for TensorBoard's profile plugin or ui.perfetto.dev; 0: none.
+    config.train.profile = 0
     config.train.checkpoint_every = 2000  # steps; there is always one at the end, too
     config.train.keep_checkpoints = 2
 

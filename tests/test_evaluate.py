@@ -72,7 +72,7 @@ def held_out() -> tuple[np.ndarray, np.ndarray, data.Source]:
 def test_means_are_those_over_all_images_at_once(held_out, executor: str, batch_size: int, views: int) -> None:
     changes = {"eval.batch_size": batch_size, "eval.views": views, "train.executor": executor}
     config = run_config(**SPREAD, **changes)
-    params = jax.jit(lambda: model.init(config.model, 10, (23, 23, 1), jax.random.key(0)))()
+    params = model.init(config.model, 10, (23, 23, 1), 0)
     seen, towers = any_pixels(config, 1), Executor(executor, 2)
     predict = evaluate.predictor(config, 10, seen, towers)
     images, labels, source = held_out
@@ -120,7 +120,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         (run_config(**SPREAD), run_config(seed=1, **SPREAD), run_config(**SPREAD | one_tower))
     ):
         shape = (config.data.crop, config.data.crop, 1)
-        params = jax.jit(lambda c=config, s=shape: model.init(c.model, 10, s, jax.random.key(c.seed)))()
+        params = model.init(c.model, 10, s, c.seed)
         train.save_start(Weights(config, 10, params, any_pixels(config, 1)), folder / str(number))
     return [folder / str(number) for number in range(3)]
 
@@ -158,7 +158,7 @@ def test_nets_of_other_images_are_not_averaged(runs: list[Path], tmp_path: Path)
 
 def test_ten_views_take_no_more_memory_than_one() -> None:
     """They come one at a time."""
-    params = jax.eval_shape(lambda: model.init(run_config(**TINY).model, 10, (23, 23, 1), jax.random.key(0)))
+    params = model.shapes(run_config(**TINY).model, 10, (23, 23, 1))
     images = jax.ShapeDtypeStruct((64, 28, 28, 1), np.uint8)
     memory = []
     for views in (1, 10):

@@ -1,5 +1,7 @@
 """The operations against their definitions."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,3 +83,84 @@ def test_spatial_lrn_is_its_formula(window: int) -> None:
         expected[:, i, j] = x[:, i, j] / (1.5 + 0.3 * (around**2).sum((1, 2))) ** 0.75
     normalised = layers.spatial_lrn(jnp.array(x), window=window, k=1.5, alpha=0.3, beta=0.75)
     np.testing.assert_allclose(normalised, expected, rtol=1e-5)
+
+
+def gradients_on(platform: str, operation, *arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The value of an operation and the gradients of a weighted sum of it, in the form of a platform."""
+
+    def platform_dependent(*given, cpu, default):
+        return (cpu if platform == "cpu" else default)(*given)
+
+    @jax.jit
+    def value_and_gradients(*arguments: jax.Array):
+        value, pullback = jax.vjp(operation, *arguments)
+        weights = jnp.array(np.random.default_rng(1).normal(size=value.shape), value.dtype)
+        return value, pullback(weights)
+
+    with mock.patch.object(layers.lax, "platform_dependent", platform_dependent):
+        return value_and_gradients(*arguments)
+
+
+def convolution(stride: int, padding: tuple[int, int]):
+    return lambda x, kernel: layers.conv(x, kernel, (stride, stride), (padding, padding))
+
+
+OPERATIONS = {
+    "conv1": (convolution(4, (0, 3)), (3, 24, 24, 3), (11, 11, 3, 8)),
+    "conv2": (convolution(1, (2, 2)), (4, 27, 27, 4), (5, 5, 4, 8)),
+    "conv5": (convolution(1, (1, 1)), (6, 13, 13, 4), (3, 3, 4, 8)),
+    "small maps, some images at once": (convolution(1, (1, 1)), (6, 9, 9, 4), (3, 3, 4, 8)),
+    "lrn": (lambda x: layers.lrn(x, n=5, k=2.0, alpha=0.5, beta=0.75), (2, 4, 4, 7)),
+    "lrn of an even window": (lambda x: layers.lrn(x, n=4, k=2.0, alpha=0.5, beta=0.75), (2, 4, 4, 7)),
+    "spatial lrn": (lambda x: layers.spatial_lrn(x, window=3, k=2.0, alpha=0.5, beta=0.75), (2, 6, 5, 3)),
+    "max pool": (lambda x: layers.max_pool(x, window=3, stride=2, ceil=False), (2, 13, 13, 3)),
+    "max pool without overlap": (lambda x: layers.max_pool(x, window=2, stride=2, ceil=False), (2, 13, 13, 3)),
+    "max pool over the edge": (lambda x: layers.max_pool(x, window=3, stride=2, ceil=True), (2, 8, 6, 3)),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_form_for_cpus_has_the_value_and_the_gradient_of_the_plain_one(name: str, dtype: type) -> None:
+    """Among equal maxima, too, of which a map after ReLUs is full."""
+    operation, *shapes = OPERATIONS[name]
+    generator = np.random.default_rng(0)
+    with jax.enable_x64(dtype == np.float64):
+        arguments = [jnp.array(np.maximum(generator.normal(size=shape), 0), dtype) for shape in shapes]
+        value, gradients = gradients_on("cpu", operation, *arguments)
+        plain_value, plain_gradients = gradients_on("gpu", operation, *arguments)
+        relative = 1e-12 if dtype == np.float64 else 1e-5
+        for fast, plain in zip((value, *gradients), (plain_value, *plain_gradients), strict=True):
+            assert fast.dtype == plain.dtype == dtype
+            np.testing.assert_allclose(fast, plain, rtol=0, atol=relative * np.abs(plain).max())
+
+
+def test_a_cpu_runs_the_form_for_cpus_and_a_tpu_the_plain_one() -> None:
+    """Read off the program: XLA's gradient of a max pooling is a select-and-scatter."""
+    x = jnp.zeros((1, 13, 13, 1))
+    gradient = jax.jit(jax.grad(lambda x: layers.max_pool(x, window=3, stride=2, ceil=False).sum()))
+    for platform, plain in (("cpu", False), ("tpu", True)):
+        program = jax.export.export(gradient, platforms=[platform])(x).mlir_module()
+        assert ("select_and_scatter" in program) == plain
+
+
+@pytest.mark.parametrize("mapped", [(0, 0), (None, 0), (0, None)])
+def test_mapped_convolutions_are_no_grouped_ones(mapped: tuple[int | None, int | None]) -> None:
+    generator = np.random.default_rng(0)
+    shapes = ((4, 9, 9, 2), (3, 3, 2, 4))
+    images, kernels = (
+        jnp.array(generator.normal(size=shape if axis is None else (2, *shape)), jnp.float32)
+        for shape, axis in zip(shapes, mapped, strict=True)
+    )
+    conv = convolution(1, (1, 1))
+
+    def both(images: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+        value, pullback = jax.vjp(conv, images, kernel)
+        return value, *pullback(jnp.cos(value))
+
+    together = jax.jit(jax.vmap(both, in_axes=mapped))
+    assert "feature_group_count = 2" not in together.lower(images, kernels).as_text()
+    for tower in range(2):
+        alone = both(*(a if axis is None else a[tower] for a, axis in zip((images, kernels), mapped, strict=True)))
+        for one, other in zip(together(images, kernels), alone, strict=True):
+            np.testing.assert_allclose(one[tower], other, rtol=1e-5, atol=1e-5)

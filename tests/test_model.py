@@ -28,7 +28,7 @@ PARAMETERS = {
 @pytest.fixture(scope="module")
 def paper_params() -> dict:
     config = run_config("imagenet2012")
-    return jax.eval_shape(lambda: model.init(config.model, 1000, (224, 224, 3), jax.random.key(0)))
+    return model.shapes(config.model, 1000, (224, 224, 3))
 
 
 def test_the_papers_net_has_60_965_224_parameters(paper_params) -> None:
@@ -86,12 +86,12 @@ def test_maps_of_the_papers_net(window: int) -> None:
 def test_initial_loss_is_that_of_guessing(scale: str, classes: int, channels: int) -> None:
     config = run_config(scale)
     dataset = DataSet([None] * 1000, None, [], range(classes), channels)
-    params = jax.jit(lambda: train.init_state(config, dataset).params)()
+    params = train.init_state(config, dataset).params
     generator = np.random.default_rng(0)
     images = generator.normal(0, 70 / config.data.std[0], (8, config.data.crop, config.data.crop, channels))
     net = model.AlexNet(config.model, classes)
-    forward = jax.vmap(
-        lambda p: net.apply({"params": p}, jnp.array(images), train=False), axis_name=TOWER, out_axes=None
+    forward = jax.jit(
+        jax.vmap(lambda p: net.apply({"params": p}, jnp.array(images), train=False), axis_name=TOWER, out_axes=None)
     )
     labels = jnp.array(generator.integers(0, classes, 8))
     assert abs(per_image(forward(params), labels)["loss"].mean() - np.log(classes)) < 0.2
@@ -101,9 +101,9 @@ def test_classes_that_do_not_divide_by_the_towers_are_padded_and_cut() -> None:
     config = run_config().model
     net = model.AlexNet(config, 7)
     images = jnp.array(np.random.default_rng(0).normal(size=(3, 24, 24, 1)))
-    params = model.init(config, 7, images.shape[1:], jax.random.key(0))
+    params = jax.tree.map(jnp.asarray, model.init(config, 7, images.shape[1:], 0))
     assert params["fc8"]["kernel"].shape == (2, 256, 4)
-    forward = jax.vmap(lambda p: net.apply({"params": p}, images, train=False), axis_name=TOWER, out_axes=None)
+    forward = jax.jit(jax.vmap(lambda p: net.apply({"params": p}, images, train=False), axis_name=TOWER, out_axes=None))
     logits = forward(params)
     assert logits.shape == (3, 7)
     # The eighth neuron, the second tower's last, is the one that counts for nothing.
@@ -116,8 +116,8 @@ def test_classes_that_do_not_divide_by_the_towers_are_padded_and_cut() -> None:
 def test_nets_that_share_a_layer_start_from_the_same_weights_there() -> None:
     config = run_config().model
     other = run_config(**{"model.order": ("conv1", "conv2", "conv4", "conv5", "fc6", "fc7", "fc8")}).model
-    one = model.init(config, 10, (24, 24, 1), jax.random.key(3))
-    two = model.init(other, 10, (24, 24, 1), jax.random.key(3))
+    one = model.init(config, 10, (24, 24, 1), 3)
+    two = model.init(other, 10, (24, 24, 1), 3)
     for name in ("conv1", "conv2", "conv5", "fc6", "fc7", "fc8"):
         np.testing.assert_array_equal(one[name]["kernel"], two[name]["kernel"])
     assert one["conv4"]["kernel"].shape != two["conv4"]["kernel"].shape
@@ -131,7 +131,7 @@ def test_dropout_masks_in_training_and_halves_in_testing(inverted: bool, kept: f
     """
     changes = {"model.order": ("fc6", "fc8"), "model.layers.fc6.then": ("dropout",), "model.dropout.inverted": inverted}
     config = run_config(**changes).model
-    params = model.init(config, 4, (2, 2, 1), jax.random.key(0))
+    params = model.init(config, 4, (2, 2, 1), 0)
     eye = jnp.concatenate([jnp.eye(256)[:, :128][None], jnp.eye(256)[:, 128:][None]])
     params["fc6"] = {"kernel": jnp.zeros_like(params["fc6"]["kernel"]), "bias": jnp.full((2, 128), 3.0)}
     params["fc8"] = {"kernel": eye[..., :128], "bias": jnp.zeros((2, 128))}
@@ -195,7 +195,7 @@ def test_a_field_changes_the_function_and_only_some_the_parameters(key, value, s
     images = jnp.array(np.random.default_rng(0).normal(size=(2, 23, 23, 1)))
 
     def logits_and_shapes(config) -> tuple[np.ndarray, dict]:
-        params = jax.jit(lambda: model.init(config, 10, (23, 23, 1), jax.random.key(0)))()
+        params = model.init(config, 10, (23, 23, 1), 0)
         net = model.AlexNet(config, 10)
         forward = jax.vmap(lambda p: net.apply({"params": p}, images, train=False), axis_name=TOWER, out_axes=None)
         return np.asarray(jax.jit(forward)(params)), jax.tree.map(jnp.shape, params)

@@ -96,7 +96,7 @@ def test_what_is_exchanged_is_what_the_collectives_carry(name: str) -> None:
     config = net_config(name)
     net = model.AlexNet(config.model, 1000)
     shape = (config.data.crop, config.data.crop, 3)
-    params = jax.eval_shape(lambda: model.init(config.model, 1000, shape, jax.random.key(0)))
+    params = model.shapes(config.model, 1000, shape)
     own = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), params)
 
     def tower(own, images):
@@ -127,7 +127,7 @@ def test_every_net_is_the_one_in_pytorch(name: str, executor: str, torch) -> Non
     config = reduced(name, **{"model.lrn.alpha": 1e-3, "model.lrn.spatial.alpha": 1e-3})
     towers = Executor(executor, config.model.towers)
     classes, images, labels = 10, images_of(config, 3), np.array([3, 1, 9])
-    params = jax.jit(lambda: model.init(config.model, classes, images.shape[1:], jax.random.key(0)))()
+    params = model.init(config.model, classes, images.shape[1:], 0)
     net = model.AlexNet(config.model, classes)
 
     def tower(own):
@@ -175,7 +175,7 @@ def test_the_seeds_nets_are_its_keras_models(name: str, fc6: int, fc7: int) -> N
 
     config = net_config(name)
     images = images_of(config, 2)
-    params = jax.jit(lambda: model.init(config.model, 1000, (224, 224, 3), jax.random.key(0)))()
+    params = model.init(config.model, 1000, (224, 224, 3), 0)
     for layer in net.layers:
         if layer.name in params:  # its own initial weights are drawn as ours are
             ours = np.asarray(params[layer.name][KERNEL])
@@ -216,7 +216,7 @@ def test_initial_values_are_those_of_the_source(name: str) -> None:
     fewer = {} if name.startswith("cifar") else {f"model.layers.fc{i}.features": 64 for i in (6, 7)}
     config = net_config(name, **fewer)
     shape = (config.data.crop, config.data.crop, 3)
-    params = jax.jit(lambda: model.init(config.model, classes_of(name), shape, jax.random.key(0)))()
+    params = model.init(config.model, classes_of(name), shape, 0)
     for layer, deviation, bias in zip(config.model.order, *INITIAL[name], strict=True):
         kernel = np.asarray(params[layer][KERNEL])
         assert abs(kernel.std() / deviation - 1) < 5 / (2 * kernel.size) ** 0.5
@@ -230,7 +230,7 @@ def test_torchvisions_initial_values_are_pytorchs(torch) -> None:
     torch.manual_seed(0)
     theirs = torch.nn.Conv2d(192, 384, 3)
     shape = (224, 224, 3)
-    ours = jax.jit(lambda: model.init(config.model, 1000, shape, jax.random.key(0))["conv3"])()
+    ours = model.init(config.model, 1000, shape, 0)["conv3"]
     for array, tensor in ((ours[KERNEL], theirs.weight), (ours["bias"], theirs.bias)):
         expected = tensor.detach().numpy()
         np.testing.assert_allclose(np.asarray(array).std(), expected.std(), rtol=0.1)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 def make_run(folder: Path, **changes: object) -> Path:
     config = run_config(**SPREAD | changes)
-    params = jax.jit(lambda: model.init(config.model, 10, (23, 23, 1), jax.random.key(3)))()
+    params = model.init(config.model, 10, (23, 23, 1), 3)
     train.save_start(Weights(config, 10, params, any_pixels(config, 1)), folder)
     return folder
 
@@ -75,7 +75,7 @@ def test_features_are_what_the_last_layer_makes_logits_of(changes: dict, digits:
     config = run_config(**SPREAD | changes)
     towers = config.model.towers
     seen, executor = any_pixels(config, 1), Executor(config.train.executor, towers)
-    params = jax.jit(lambda: model.init(config.model, 10, (23, 23, 1), jax.random.key(3)))()
+    params = model.init(config.model, 10, (23, 23, 1), 3)
     source = data.load(config.data).evaluation
     images = np.stack([source[position]["image"] for position in (10, 555)])
     run_on = partial(lambda function: function(config, 10, seen, executor)(executor.place(params), images))

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import model, train
 from alexnet_jax.data import DataSet
-from alexnet_jax.towers import Executor
+from alexnet_jax.towers import Executor, all_rows, own_rows, row_numbers
 
 SCALES = ["embedded", pytest.param("imagenet2012", marks=pytest.mark.slow)]
 
@@ -129,6 +129,64 @@ def test_the_towers_are_the_grouped_net_of_one_device(scale: str, executor: str)
     jax.tree.map(lambda one, other: assert_close(one, other, 1e-5), ours, gradients)
 
 
+NOISY_ONE_TOWER = {
+    "model.towers": 1,
+    "data.augment.flip": True,
+    "data.augment.chunk": 2,
+    **{f"model.layers.{name}.bias": 0.1 for name in FAN_IN},
+}
+
+
+@pytest.mark.parametrize("batch_size", [4, 5])
+def test_two_devices_that_share_the_batch_train_the_net_of_one_device(batch_size: int) -> None:
+    """With dropout, crops and flips on, and when the batch cannot be halved."""
+    config = run_config(**NOISY_ONE_TOWER)
+    assert Executor("auto", towers=1).name == "shard_map"
+    assert config.model.dropout.rate == 0.5
+    pairs = zip(
+        *(run_steps(executor, config, "embedded", 3, batch_size) for executor in ("vmap", "shard_map")), strict=True
+    )
+    for number, (one_device, two_devices) in enumerate(pairs, 1):
+        np.testing.assert_array_equal(two_devices.sums["images"], [number * batch_size])
+        np.testing.assert_allclose(one_device.sums["loss"], two_devices.sums["loss"], rtol=1e-5)
+        tolerance = 1e-5 if number == 1 else 1e-3
+        jax.tree.map(partial(assert_close, relative=tolerance), velocity(one_device), velocity(two_devices))
+
+
+FOUR_DEVICES = """
+import jax
+from alexnet_jax import towers
+from conftest import run_config
+from test_towers import run_steps, velocity, assert_close
+jax.config.update("jax_num_cpu_devices", 4)
+config = run_config()
+(one,), (four,) = (list(run_steps(name, config, "embedded", 1, 6)) for name in ("vmap", "auto"))
+executor = towers.Executor("auto", 2)
+print(executor.name, len(executor.devices))
+jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), velocity(one), velocity(four))
+"""
+
+
+def test_two_towers_on_four_devices_share_the_batch() -> None:
+    done = run_script(FOUR_DEVICES)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "shard_map 4\n"
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_shares_are_all_rows_of_a_batch_once(count: int) -> None:
+    executor = Executor("shard_map", 1)
+    rows = np.arange(1, count + 1)
+
+    def shares(params: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own = own_rows(rows)
+        return all_rows(own * 2, len(rows)), all_rows(row_numbers(len(own)), len(rows))
+
+    doubled, numbers = executor.map(shares, in_axes=(0, None), out_axes=None)(np.zeros(1), rows)
+    np.testing.assert_array_equal(doubled, 2 * rows)
+    np.testing.assert_array_equal(numbers, np.arange(count))
+
+
 def test_towers_drop_different_units_and_the_same_ones_on_any_executor() -> None:
     """With one image, a bias has no gradient just where its unit was dropped."""
     changes = {"model.order": ("fc6", "fc8"), "model.layers.fc6.then": ("dropout",), "optim.weight_decay": 0.0}
@@ -153,7 +211,7 @@ def test_only_the_crossings_and_the_logits_exchange_anything() -> None:
     towers = Executor("pmap", 2)
     state = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=towers.sharding),
-        jax.eval_shape(lambda: train.init_state(config, dataset)),
+        jax.eval_shape(partial(train.start, config), model.shapes(config.model, dataset.classes, (224, 224, 3))),
     )
     step = train.train_step(config, dataset, any_pixels(config), towers).__wrapped__
     batch = noise_batch(config, dataset, batch_size)

@@ -24,7 +24,7 @@ CLASSES = 7  # odd: the last layer is filled up
 def fresh(name: str, **changes) -> weights.Weights:
     config = reduced(name, **changes)
     shape = (config.data.crop, config.data.crop, 3)
-    params = jax.jit(lambda: model.init(config.model, CLASSES, shape, jax.random.key(0)))()
+    params = model.init(config.model, CLASSES, shape, 0)
     ours = weights.Weights(config, CLASSES, jax.device_get(params))
     return weights.from_grouped(config, weights.grouped(ours))  # what fills up is zero
 

@@ -49,7 +49,7 @@ def dependence(name: str, divisor: float, seeds: range) -> list[float]:
 
     @jax.jit
     def logits(seed: jax.Array) -> jax.Array:
-        params = model.init(config.model, 1000, images.shape[1:], jax.random.key(seed))
+        params = model.init(config.model, 1000, images.shape[1:], seed)
         return jax.vmap(lambda own: net.apply({"params": own}, images, train=False), axis_name=AXIS, out_axes=None)(
             params
         )
