@@ -107,7 +107,7 @@ def _kernel_gradient(
     together = next(divisor for divisor in range(together, 0, -1) if count % divisor == 0)
     precise = jnp.promote_types(images.dtype, jnp.float32)
 
-    def add(total: jax.Array, some: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def add(total: jax.Array, some: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         gradient, images = some
         padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
         bottom, right = (stride * (steps - 1) + 1 for stride, steps in zip(strides, (rows, columns), strict=True))
@@ -214,14 +214,24 @@ def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array
     def along(gradient: jax.Array, x: jax.Array, axis: int) -> jax.Array:
         """The gradient of maxima along an axis: of equal ones, the first has it, as in XLA."""
         largest = maxima(x, axis)
-        total, taken = jnp.zeros_like(x), jnp.zeros(largest.shape, bool)
-        for place, values in enumerate(places(x, axis)):
+        taken, own = jnp.zeros(largest.shape, bool), []
+        for values in places(x, axis):
             first = (values == largest) & ~taken
             taken |= first
-            spread = [(0, 0, 0)] * x.ndim
-            spread[axis] = (place, x.shape[axis] - place - stride * (largest.shape[axis] - 1) - 1, stride - 1)
-            total += lax.pad(jnp.where(first, gradient, 0), jnp.zeros((), x.dtype), spread)
-        return total
+            own.append(jnp.where(first, gradient, 0))
+        # Every stride-th position is of the same places of its windows.
+        count = -(-x.shape[axis] // stride)
+        phases = []
+        for phase in range(stride):
+            shifted = []
+            for place in range(phase, window, stride):
+                before = place // stride
+                borders = [(0, 0)] * x.ndim
+                borders[axis] = (before, count - before - largest.shape[axis])
+                shifted.append(jnp.pad(own[place], borders))
+            phases.append(sum(shifted, start=jnp.zeros((), x.dtype)))
+        woven = jnp.stack(jnp.broadcast_arrays(*phases), axis + 1)
+        return lax.slice_in_dim(jax.lax.collapse(woven, axis, axis + 2), 0, x.shape[axis], 1, axis)
 
     def gradient(of_value: jax.Array, x: jax.Array) -> tuple[jax.Array]:
         # XLA looks for the maxima again, window by window, to know where the gradient goes.

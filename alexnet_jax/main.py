@@ -50,7 +50,7 @@ def _keep_compiled() -> None:
 
     It is kept in the user's cache, unless JAX_COMPILATION_CACHE_DIR says where.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "alexnet_jax"))
 

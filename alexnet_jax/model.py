@@ -8,7 +8,6 @@ only where a layer crosses: there the channels of all towers are gathered. The l
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +71,7 @@ class AlexNet(nn.Module):
         layer = self.config.layers[name]
         features = self.classes if layer.features is None else layer.features
         share = -(-features // lax.axis_size(TOWER))  # rounded up: the head is padded, and cut after the gather
-        how = {
+        how: dict[str, Any] = {
             "dtype": self.config.dtype,  # computed in; parameters are float32
             "kernel_init": nn.initializers.zeros,  # `init` fills them
             "bias_init": nn.initializers.zeros,
@@ -86,8 +85,8 @@ class AlexNet(nn.Module):
                 f"{name}: a kernel of {layer.kernel}x{layer.kernel} does not fit a map of {size}x{size} padded by "
                 f"{before}+{after}: use larger images (data.crop), smaller strides or fewer poolings"
             )
-        kind = {"conv": partial(nn.Conv, conv_general_dilated=layers.conv), "local": nn.ConvLocal}[layer.kind]
-        conv = kind(
+        kinds: dict[str, Any] = {"conv": partial(nn.Conv, conv_general_dilated=layers.conv), "local": nn.ConvLocal}
+        conv = kinds[layer.kind](
             share,
             (layer.kernel, layer.kernel),
             strides=layer.stride,

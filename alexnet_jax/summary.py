@@ -66,9 +66,9 @@ def rows(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) ->
 
     def tower(own: Any) -> Any:
         images = jnp.zeros((1, *image_shape))
-        return net.apply(
-            {"params": own}, images, train=False, capture_intermediates=True, mutable=["intermediates"]
-        )[1]["intermediates"]
+        return net.apply({"params": own}, images, train=False, capture_intermediates=True, mutable=["intermediates"])[
+            1
+        ]["intermediates"]
 
     params = model.shapes(config, classes, image_shape)
     seen = jax.eval_shape(jax.vmap(tower, axis_name=TOWER), params)

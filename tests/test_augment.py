@@ -32,7 +32,9 @@ def seen(config: ConfigDict, channels: int = 3) -> Pixels:
 
 def random_inputs(batch: np.ndarray, config: ConfigDict, seed: int = 0, **arguments) -> np.ndarray:
     pixels = seen(config, batch.shape[-1])
-    return np.asarray(augment.random_inputs(batch, jnp.arange(len(batch)), config, pixels, jax.random.key(seed), **arguments))
+    return np.asarray(
+        augment.random_inputs(batch, jnp.arange(len(batch)), config, pixels, jax.random.key(seed), **arguments)
+    )
 
 
 @settings(max_examples=12, deadline=None)
@@ -146,7 +148,9 @@ def test_both_executors_see_the_same() -> None:
     batch = images(6, 12, 3)
 
     def views(tower: jax.Array, seed: jax.Array) -> jax.Array:
-        return augment.random_inputs(batch, jnp.arange(len(batch)), config, seen(config), jax.random.key(seed)) + 0 * tower
+        return (
+            augment.random_inputs(batch, jnp.arange(len(batch)), config, seen(config), jax.random.key(seed)) + 0 * tower
+        )
 
     one, two = (
         np.asarray(Executor(name, 2).map(views, in_axes=(0, None), out_axes=0)(np.zeros(2, np.float32), 7))

@@ -120,7 +120,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         (run_config(**SPREAD), run_config(seed=1, **SPREAD), run_config(**SPREAD | one_tower))
     ):
         shape = (config.data.crop, config.data.crop, 1)
-        params = model.init(c.model, 10, s, c.seed)
+        params = model.init(config.model, 10, shape, config.seed)
         train.save_start(Weights(config, 10, params, any_pixels(config, 1)), folder / str(number))
     return [folder / str(number) for number in range(3)]
 

@@ -204,3 +204,33 @@ def test_a_field_changes_the_function_and_only_some_the_parameters(key, value, s
     other, changed_shapes = logits_and_shapes(changed)
     assert not np.allclose(one, other, rtol=1e-6, atol=0)
     assert (shapes == changed_shapes) == same_parameters
+
+
+def test_in_bfloat16_logits_and_gradients_are_close_and_parameters_stay_float32() -> None:
+    exact, rough = (run_config(**{"model.dtype": dtype, "model.lrn.alpha": 0.01}).model for dtype in model.DTYPES)
+    images = jnp.array(np.random.default_rng(0).normal(size=(8, 23, 23, 1)), jnp.float32)
+    params = model.init(exact, 10, (23, 23, 1), 0)
+    labels = jnp.arange(8)
+
+    def of(config):
+        net = model.AlexNet(config, 10)
+
+        def tower(p: dict):
+            def loss(p: dict):
+                logits = net.apply({"params": p}, images, train=False)
+                return per_image(logits, labels)["loss"].mean() / 2, logits
+
+            return jax.grad(loss, has_aux=True)(p)
+
+        return Executor("vmap", 2).map(lambda p: (tower(p)[0], tower(p)[1][None]), in_axes=(0,), out_axes=0)(params)
+
+    gradients, logits = of(exact)
+    rough_gradients, rough_logits = of(rough)
+    assert {leaf.dtype for leaf in jax.tree.leaves((rough_gradients, rough_logits))} == {np.dtype(np.float32)}
+    difference = np.abs(rough_logits - logits).max() / np.abs(logits).max()
+    assert 1e-5 < difference < 0.03
+    for name, layer in gradients.items():
+        rough_layer = rough_gradients[name]
+        kernel, rough_kernel = layer["kernel"].ravel(), rough_layer["kernel"].ravel()
+        cosine = kernel @ rough_kernel / jnp.linalg.norm(kernel) / jnp.linalg.norm(rough_kernel)
+        assert cosine > 0.95, name  # poolings have more equal maxima

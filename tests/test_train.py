@@ -1,5 +1,6 @@
 """A run is a function of its config: twice the same, in one go or in pieces."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -388,3 +389,12 @@ def test_the_state_is_donated(tiny) -> None:
     batch = next(train_batches(dataset.train, tiny, seed=0, start=0, stop=1))
     train.train_step(tiny, dataset, any_pixels(tiny, 1), towers)(state, batch, np.uint32(0), np.int32(1), np.int32(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_a_profile_holds_the_steps_that_were_asked_for(tmp_path: Path) -> None:
+    train.train_and_evaluate(run_config(**TINY, **{"train.profile": 3}), tmp_path)
+    (trace,) = tmp_path.glob("plugins/profile/*/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = {event["args"]["step_num"] for event in events if event.get("name") == "train"}
+    assert sorted(map(int, steps)) == [3, 4, 5]
+    assert any(event.get("name") == "wait for images" for event in events)
