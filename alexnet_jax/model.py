@@ -8,6 +8,7 @@ only where a layer crosses: there the channels of all towers are gathered. The l
 import zlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp

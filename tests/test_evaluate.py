@@ -117,7 +117,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     one_tower = {"model.towers": 1, "data.crop": 25, "data.subtract": "central_mean_image"}
     for number, config in enumerate(
-        (run_config(**SPREAD), run_config(seed=1, **SPREAD), run_config(**SPREAD | one_tower))
+        (run_config(**SPREAD), run_config(seed=1, **SPREAD), run_config(seed=1, **SPREAD | one_tower))
     ):
         shape = (config.data.crop, config.data.crop, 1)
         params = model.init(config.model, 10, shape, config.seed)
