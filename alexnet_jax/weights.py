@@ -260,13 +260,14 @@ def forward(weights: Weights) -> Callable[[jax.Array], Any]:
     (centre,) = augment.evaluation_views(1, config.data.image_size, crop)
     seen = seen._replace(mean=seen.mean[centre.top : centre.top + crop, centre.left : centre.left + crop])
     config.data.image_size = crop
+    params = jax.tree.map(jnp.asarray, weights.params)  # NumPy's arrays cannot be exported
 
     def logits(images: jax.Array) -> Any:
         views = augment.inputs(images, augment.View(0, 0, False), config.data, seen)
         apply = jax.vmap(
             lambda params: net.apply({"params": params}, views, train=False), axis_name=TOWER, out_axes=None
         )
-        return apply(weights.params)
+        return apply(params)
 
     return logits
 
