@@ -1,6 +1,5 @@
 """What happens to a batch of images inside the jitted step: views, colour noise, the mean, the input's scale."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from alexnet_jax.pixels import Pixels
+from alexnet_jax.towers import drawn
 
 
 class View(NamedTuple):
@@ -68,10 +68,6 @@ def random_inputs(
     The other arguments and the result are as for ``inputs``.
     """
     crop_key, flip_key, colour_key = jax.random.split(key, 3)
-
-    def drawn(draw: Callable[[jax.Array], jax.Array], key: jax.Array, positions: jax.Array) -> jax.Array:
-        return jax.vmap(lambda position: draw(jax.random.fold_in(key, position)))(positions)
-
     chunks = positions // config.augment.chunk
     (view,) = evaluation_views(1, config.image_size, config.crop)
     if config.augment.random_crop:

@@ -5,7 +5,6 @@ XLA makes it. ``experiments/speed`` is to measure what each brings.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,6 +101,7 @@ def _kernel_gradient(
     XLA's form is a convolution whose kernel is as large as the map, several times slower on CPUs.
     """
     height, width, channels, features = shape
+    size = height * width * channels
     count, rows, columns, _ = gradient.shape
     together = max(1, _POSITIONS // (rows * columns))
     together = next(divisor for divisor in range(together, 0, -1) if count % divisor == 0)
@@ -119,11 +119,11 @@ def _kernel_gradient(
             ],
             axis=-1,
         )
-        each = gradient.reshape(-1, features).T, patches.reshape(-1, math.prod(shape[:-1]))
+        each = gradient.reshape(-1, features).T, patches.reshape(-1, size)
         return total + jnp.matmul(*each, preferred_element_type=precise), None
 
     parts = tuple(array.reshape(-1, together, *array.shape[1:]) for array in (gradient, images))
-    total, _ = lax.scan(add, jnp.zeros((features, height * width * channels), precise), parts)
+    total, _ = lax.scan(add, jnp.zeros((features, size), precise), parts)
     return total.T.reshape(shape)
 
 
@@ -231,7 +231,7 @@ def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array
                 shifted.append(jnp.pad(own[place], borders))
             phases.append(sum(shifted, start=jnp.zeros((), x.dtype)))
         woven = jnp.stack(jnp.broadcast_arrays(*phases), axis + 1)
-        return lax.slice_in_dim(jax.lax.collapse(woven, axis, axis + 2), 0, x.shape[axis], 1, axis)
+        return lax.slice_in_dim(lax.collapse(woven, axis, axis + 2), 0, x.shape[axis], 1, axis)
 
     def gradient(of_value: jax.Array, x: jax.Array) -> tuple[jax.Array]:
         # XLA looks for the maxima again, window by window, to know where the gradient goes.

@@ -18,7 +18,7 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from alexnet_jax import layers
-from alexnet_jax.towers import TOWER, row_numbers
+from alexnet_jax.towers import TOWER, drawn, row_numbers
 
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
@@ -125,9 +125,9 @@ class AlexNet(nn.Module):
             return x
         if not train:
             return x if inverted else kept * x
-        # An image's mask depends on its place in the batch, wherever that is divided.
-        keys = jax.vmap(partial(jax.random.fold_in, self.make_rng("dropout")))(row_numbers(len(x)))
-        mask = jax.vmap(lambda key: jax.random.bernoulli(key, kept, x.shape[1:]))(keys)
+        mask = drawn(
+            lambda key: jax.random.bernoulli(key, kept, x.shape[1:]), self.make_rng("dropout"), row_numbers(len(x))
+        )
         return jnp.where(mask, x / kept if inverted else x, 0)
 
     def _lrn(self, name: str, x: jax.Array) -> jax.Array:

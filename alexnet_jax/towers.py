@@ -159,6 +159,16 @@ def row_numbers(count: int) -> jax.Array:
     return first + jnp.arange(count)
 
 
+def drawn(draw: Callable[[jax.Array], jax.Array], key: jax.Array, positions: jax.Array) -> jax.Array:
+    """What is drawn for each row: a function of the key and its position in the batch, wherever that is divided.
+
+    Args:
+      draw: from a key of its own to what one row has.
+      positions: int (rows,), as of ``row_numbers``.
+    """
+    return jax.vmap(lambda position: draw(jax.random.fold_in(key, position)))(positions)
+
+
 def all_rows(rows: jax.Array, count: int) -> jax.Array:
     """All ``count`` rows of a batch, from the devices that share it."""
     return lax.all_gather(rows, DATA, tiled=True)[:count]

@@ -25,7 +25,7 @@ def fresh(name: str, **changes) -> weights.Weights:
     config = reduced(name, **changes)
     shape = (config.data.crop, config.data.crop, 3)
     params = model.init(config.model, CLASSES, shape, 0)
-    ours = weights.Weights(config, CLASSES, jax.device_get(params))
+    ours = weights.Weights(config, CLASSES, params)
     return weights.from_grouped(config, weights.grouped(ours))  # what fills up is zero
 
 

@@ -76,7 +76,6 @@ def ours(net: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
 
         layers._with_cpu_form = with_cpu_form
     config = config_of(net, batch)
-    config.train.executor = executor_name
     config.eval.views = 10 if what == "ten_views" else 1
     size = config.data.image_size
     classes = CLASSES.get(net, 10)
@@ -188,16 +187,16 @@ def plain_flax(net: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
 
     config = config_of(net, batch)
     images, labels = images_and_labels(config, net, config.data.crop)
-    x = images / np.float32(128) - 1
+    x, labels = jnp.array(images / np.float32(128) - 1), jnp.array(labels)
     model, rule = AlexNet(), optax.sgd(0.01, momentum=0.9)
     params = jax.jit(model.init)({"params": jax.random.key(0), "dropout": jax.random.key(0)}, x[:1])
     state = rule.init(params)
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:
+    def step(params: Any, state: Any, key: jax.Array, x: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
         def loss(params: Any) -> jax.Array:
             logits = model.apply(params, x, rngs={"dropout": key})
-            return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array(labels)).mean()
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         gradients = jax.grad(loss)(params)
         gradients = jax.tree.map(lambda g, p: g + 5e-4 * p, gradients, params)
@@ -209,7 +208,7 @@ def plain_flax(net: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
     def one() -> None:
         nonlocal params, state, number
         number += 1
-        params, state = jax.block_until_ready(step(params, state, jax.random.key(number)))
+        params, state = jax.block_until_ready(step(params, state, jax.random.key(number), x, labels))
 
     return one
 
