@@ -13,7 +13,7 @@ import pandas as pd
 
 from alexnet_jax import augment, model, pixels, report
 from alexnet_jax.config import reference_run
-from alexnet_jax.towers import AXIS
+from alexnet_jax.towers import TOWER
 
 NETS = {
     "paper": ("paper", 1.0),
@@ -48,13 +48,13 @@ def dependence(name: str, divisor: float, seeds: range) -> list[float]:
     net = model.AlexNet(config.model, 1000)
 
     @jax.jit
-    def logits(seed: jax.Array) -> jax.Array:
-        params = model.init(config.model, 1000, images.shape[1:], seed)
-        return jax.vmap(lambda own: net.apply({"params": own}, images, train=False), axis_name=AXIS, out_axes=None)(
+    def logits(params: dict) -> jax.Array:
+        return jax.vmap(lambda own: net.apply({"params": own}, images, train=False), axis_name=TOWER, out_axes=None)(
             params
         )
 
-    every = [np.asarray(logits(seed), np.float64) for seed in seeds]
+    drawn = (model.init(config.model, 1000, images.shape[1:], seed) for seed in seeds)
+    every = [np.asarray(logits(params), np.float64) for params in drawn]
     return [float(values.std(0).mean() / np.sqrt((values**2).mean())) for values in every]
 
 
