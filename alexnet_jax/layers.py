@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -101,7 +102,6 @@ def _kernel_gradient(
     XLA's form is a convolution whose kernel is as large as the map, several times slower on CPUs.
     """
     height, width, channels, features = shape
-    size = height * width * channels
     count, rows, columns, _ = gradient.shape
     together = max(1, _POSITIONS // (rows * columns))
     together = next(divisor for divisor in range(together, 0, -1) if count % divisor == 0)
@@ -111,20 +111,16 @@ def _kernel_gradient(
         gradient, images = some
         padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
         bottom, right = (stride * (steps - 1) + 1 for stride, steps in zip(strides, (rows, columns), strict=True))
-        patches = jnp.concatenate(
-            [
-                padded[:, top : top + bottom : strides[0], left : left + right : strides[1]]
-                for top in range(height)
-                for left in range(width)
-            ],
-            axis=-1,
-        )
-        each = gradient.reshape(-1, features).T, patches.reshape(-1, size)
-        return total + jnp.matmul(*each, preferred_element_type=precise), None
+        # What a row of the kernel sees, the next row sees further down: copied once for all of them.
+        seen = jnp.concatenate([padded[:, :, left : left + right : strides[1]] for left in range(width)], axis=-1)
+        patches = [seen[:, top : top + bottom : strides[0]].reshape(-1, width * channels) for top in range(height)]
+        turned = lax.optimization_barrier(gradient.reshape(-1, features).T)  # once, not in each product
+        products = [jnp.matmul(turned, some, preferred_element_type=precise) for some in patches]
+        return total + jnp.stack(products), None
 
     parts = tuple(array.reshape(-1, together, *array.shape[1:]) for array in (gradient, images))
-    total, _ = lax.scan(add, jnp.zeros((features, size), precise), parts)
-    return total.T.reshape(shape)
+    total, _ = lax.scan(add, jnp.zeros((height, features, width * channels), precise), parts)
+    return jnp.swapaxes(total, 1, 2).reshape(shape)
 
 
 def lrn(x: jax.Array, *, n: int, k: float, alpha: float, beta: float) -> jax.Array:
@@ -197,13 +193,8 @@ def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array
     def plain(x: jax.Array) -> jax.Array:
         return nn.max_pool(x, (window, window), (stride, stride), padding)
 
-    def places(x: jax.Array, axis: int) -> list[jax.Array]:
-        """The first values of all windows along an axis, the second ones, and so on."""
-        reach = x.shape[axis] - window
-        return [lax.slice_in_dim(x, place, place + reach + 1, stride, axis) for place in range(window)]
-
     def maxima(x: jax.Array, axis: int) -> jax.Array:
-        return functools.reduce(jnp.maximum, places(x, axis))
+        return functools.reduce(jnp.maximum, _places(x, axis, window, stride))
 
     def padded(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-jnp.inf)
@@ -215,23 +206,11 @@ def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array
         """The gradient of maxima along an axis: of equal ones, the first has it, as in XLA."""
         largest = maxima(x, axis)
         taken, own = jnp.zeros(largest.shape, bool), []
-        for values in places(x, axis):
+        for values in _places(x, axis, window, stride):
             first = (values == largest) & ~taken
             taken |= first
             own.append(jnp.where(first, gradient, 0))
-        # Every stride-th position is of the same places of its windows.
-        count = -(-x.shape[axis] // stride)
-        phases = []
-        for phase in range(stride):
-            shifted = []
-            for place in range(phase, window, stride):
-                before = place // stride
-                borders = [(0, 0)] * x.ndim
-                borders[axis] = (before, count - before - largest.shape[axis])
-                shifted.append(jnp.pad(own[place], borders))
-            phases.append(sum(shifted, start=jnp.zeros((), x.dtype)))
-        woven = jnp.stack(jnp.broadcast_arrays(*phases), axis + 1)
-        return lax.slice_in_dim(lax.collapse(woven, axis, axis + 2), 0, x.shape[axis], 1, axis)
+        return _woven(own, axis, stride, x.shape[axis])
 
     def gradient(of_value: jax.Array, x: jax.Array) -> tuple[jax.Array]:
         # XLA looks for the maxima again, window by window, to know where the gradient goes.
@@ -248,7 +227,44 @@ def avg_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array
     Arguments and errors are those of ``max_pool``.
     """
     padding = _hanging(x, window, stride, ceil)
-    return nn.avg_pool(x, (window, window), (stride, stride), padding, count_include_pad=False)
+
+    def plain(x: jax.Array) -> jax.Array:
+        return nn.avg_pool(x, (window, window), (stride, stride), padding, count_include_pad=False)
+
+    def gradient(of_value: jax.Array, x: jax.Array) -> tuple[jax.Array]:
+        # XLA spreads the gradient with zeros between its values, and adds up windows of that.
+        for axis, (_, hanging) in zip((1, 2), padding, strict=True):
+            length, count = x.shape[axis], of_value.shape[axis]
+            pixels = np.minimum(window, length - stride * np.arange(count))
+            share = of_value / jnp.expand_dims(jnp.array(pixels, x.dtype), range(1, x.ndim - axis))
+            woven = _woven([share] * window, axis, stride, length + hanging)
+            of_value = lax.slice_in_dim(woven, 0, length, 1, axis)
+        return (of_value,)
+
+    return _with_cpu_form(plain, value=plain, gradient=gradient)(x)
+
+
+def _places(x: jax.Array, axis: int, window: int, stride: int) -> list[jax.Array]:
+    """The first values of all windows along an axis, the second ones, and so on."""
+    reach = x.shape[axis] - window
+    return [lax.slice_in_dim(x, place, place + reach + 1, stride, axis) for place in range(window)]
+
+
+def _woven(places: list[jax.Array], axis: int, stride: int, length: int) -> jax.Array:
+    """What the places of all windows have, added up where it came from: the transpose of ``_places``."""
+    # Every stride-th position is of the same places of its windows.
+    count, windows = -(-length // stride), places[0].shape[axis]
+    phases = []
+    for phase in range(stride):
+        shifted = []
+        for place in range(phase, len(places), stride):
+            before = place // stride
+            borders = [(0, 0)] * places[0].ndim
+            borders[axis] = (before, count - before - windows)
+            shifted.append(jnp.pad(places[place], borders))
+        phases.append(sum(shifted, start=jnp.zeros((), places[0].dtype)))
+    woven = jnp.stack(jnp.broadcast_arrays(*phases), axis + 1)
+    return lax.slice_in_dim(lax.collapse(woven, axis, axis + 2), 0, length, 1, axis)
 
 
 def _hanging(x: jax.Array, window: int, stride: int, ceil: bool) -> list[tuple[int, int]]:

@@ -116,6 +116,9 @@ OPERATIONS = {
     "max pool": (lambda x: layers.max_pool(x, window=3, stride=2, ceil=False), (2, 13, 13, 3)),
     "max pool without overlap": (lambda x: layers.max_pool(x, window=2, stride=2, ceil=False), (2, 13, 13, 3)),
     "max pool over the edge": (lambda x: layers.max_pool(x, window=3, stride=2, ceil=True), (2, 8, 6, 3)),
+    "average pool": (lambda x: layers.avg_pool(x, window=3, stride=2, ceil=False), (2, 13, 13, 3)),
+    "average pool without overlap": (lambda x: layers.avg_pool(x, window=2, stride=2, ceil=False), (2, 13, 13, 3)),
+    "average pool over the edge": (lambda x: layers.avg_pool(x, window=3, stride=2, ceil=True), (2, 8, 6, 3)),
 }
 
 
