@@ -1,6 +1,7 @@
-"""What a net is made of, as a table to hold against the paper's figure 2.
+"""What a net is made of, as a table to hold against the paper's figure 2; and what training it costs on paper.
 
     python -m alexnet_jax.summary --config=configs/nets/paper.py [--classes=1000] [--channels=3]
+        [--devices=2 [--flops=65e9 --bandwidth=10e9 --link=5e9]]
 
 Nothing is computed but shapes.
 """
@@ -17,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from alexnet_jax import config as config_lib
-from alexnet_jax import model
+from alexnet_jax import cost, model
+from alexnet_jax.cost import Cost, Peak
 from alexnet_jax.optim import KERNEL
 from alexnet_jax.towers import TOWER
 
@@ -149,24 +151,68 @@ def table(layers: list[Row], towers: int) -> Table:
     return printed
 
 
-_CLASSES = flags.DEFINE_integer("classes", None, "Classes; by default 10 for the small images, else 1000.", 1)
-_CHANNELS = flags.DEFINE_integer("channels", None, "Channels; by default 1 for the embedded images, else 3.", 1)
+def cost_table(costs: list[Cost], batch_size: int, devices: int, peak: Peak | None = None) -> Table:
+    """What one device does in a training step, as it is printed; with times, where its peak is known."""
+    where = f"each of {devices} devices" if devices > 1 else "one device"
+    title = f"a training step of {batch_size} images on {where}, 2 FLOPs for each multiply-add"
+    printed = Table(title=title, title_justify="left", caption_justify="left")
+    printed.add_column("layer")
+    columns = ["forward, FLOPs", "input gradient, FLOPs", "weight gradient, FLOPs", "memory, bytes", "exchanged, bytes"]
+    for column in [*columns, "roofline, ms"] if peak else columns:
+        printed.add_column(column, justify="right", no_wrap=True)
+
+    def add(each: Cost, layers: list[Cost]) -> None:
+        numbers = [f"{number:,}" if number else "" for number in each[1:]]
+        time = [f"{1000 * cost.seconds(layers, peak):,.3f}"] if peak and layers else []
+        printed.add_row(each.name, *numbers, *time)
+
+    for each in costs:
+        add(each, [each])
+    total = cost.total(costs)
+    printed.add_section()
+    add(total, costs)
+    if peak:
+        arithmetic = total.flops / peak.flops / cost.seconds(costs, peak)
+        printed.caption = f"{100 * arithmetic:.1f} % of the time is arithmetic"
+    if devices > 1:
+        add(Cost(f"all {devices} devices", *(devices * number for number in total[1:])), [])
+    return printed
+
+
+def _define_flags() -> None:
+    """Not when this file is imported: flags are everybody's, and the study's command would take these for its own."""
+    flags.DEFINE_integer("classes", None, "Classes; by default 10 for the small images, else 1000.", 1)
+    flags.DEFINE_integer("channels", None, "Channels; by default 1 for the embedded images, else 3.", 1)
+    flags.DEFINE_integer("devices", None, "Devices of a training step: prints what each does in it.", 1)
+    flags.DEFINE_float("flops", None, "FLOPs that a device can do in a second: prints times, with the next two.", 1)
+    flags.DEFINE_float("bandwidth", None, "Bytes that a device can read or write in its memory in a second.", 1)
+    flags.DEFINE_float("link", None, "Bytes that a device can send to others in a second.", 1)
 
 
 def main(argv: list[str]) -> None:
-    """Prints the table of the flags' config."""
+    """Prints the tables of the flags' config."""
+    given = flags.FLAGS
     if len(argv) > 1 or config_lib.FLAG.value is None:
         raise app.UsageError("say which net: --config=configs/nets/paper.py")
+    rates = (given.flops, given.bandwidth, given.link)
+    missing = [f"--{name}" for name in ("devices", *Peak._fields) if given[name].value is None]
+    if any(rates) and missing:
+        sys.exit(f"times are of --devices, --flops, --bandwidth and --link together: {', '.join(missing)} missing")
     run = config_lib.reference_run(config_lib.FLAG.value)
-    classes = _CLASSES.value or (1000 if run.data.name == "imagenet2012" else 10)
-    channels = _CHANNELS.value or (1 if run.data.name == "mnist5k" else 3)
+    classes = given.classes or (1000 if run.data.name == "imagenet2012" else 10)
+    channels = given.channels or (1 if run.data.name == "mnist5k" else 3)
     try:
         config_lib.validate(run)
         layers = rows(run.model, classes, (run.data.crop, run.data.crop, channels))
+        costs = cost.step(layers, run, channels, given.devices) if given.devices else []
     except ValueError as error:
         sys.exit(f"{config_flags.get_config_filename(flags.FLAGS['config'])}: {error}")
-    Console(width=max(Console().width, 150)).print(table(layers, run.model.towers))
+    console = Console(width=max(Console().width, 150))
+    console.print(table(layers, run.model.towers))
+    if costs:
+        console.print(cost_table(costs, run.train.batch_size, given.devices, Peak(*rates) if any(rates) else None))
 
 
 if __name__ == "__main__":
+    _define_flags()
     app.run(main, flags_parser=config_lib.parse_flags)
