@@ -31,16 +31,23 @@ NETS = {
     "small": "configs.base:cifar10",
     "embedded": "configs.base:embedded",
 }
-# How many classes, and channels, the images of a net have.
-CLASSES = {"paper": 1000, "seed_v1": 1000}
 
 
 def config_of(net: str, batch: int) -> ConfigDict:
-    """The config of a net's run."""
+    """The config of a net's run; after a "*", by how much its layers are wider."""
+    net, _, width = net.partition("*")
     module, _, scale = NETS[net].partition(":")
     config = reference_run(import_module(module).get_config(*([scale] if scale else [])))
     config.train.batch_size = batch
+    for layer in config.model.layers.values():
+        if width and layer.features:
+            layer.features = round(float(width) * layer.features)
     return config
+
+
+def classes_of(net: str) -> int:
+    """How many classes the images of a net have."""
+    return 10 if net in ("cifar", "small", "embedded") else 1000
 
 
 def images_and_labels(config: ConfigDict, net: str, side: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +55,17 @@ def images_and_labels(config: ConfigDict, net: str, side: int) -> tuple[np.ndarr
     generator = np.random.default_rng(0)
     batch = config.train.batch_size
     images = generator.integers(0, 256, (batch, side, side, 3)).astype(np.uint8)
-    return images, generator.integers(0, CLASSES.get(net, 10), batch).astype(np.int32)
+    return images, generator.integers(0, classes_of(net), batch).astype(np.int32)
+
+
+def no_data(config: ConfigDict, net: str) -> tuple[Any, Any]:
+    """What a step has to know of a data set and its pixels, for images that it is given."""
+    from alexnet_jax.data import DataSet
+    from alexnet_jax.pixels import Pixels
+
+    mean = np.full((config.data.image_size, config.data.image_size, 3), 120, np.float32)
+    pixels = Pixels(mean, np.full(3, 30, np.float32), np.eye(3, dtype=np.float32))
+    return DataSet([None] * 10_000, None, [], range(classes_of(net)), 3), pixels
 
 
 def ours(net: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
@@ -61,8 +78,6 @@ def ours(net: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
     import jax
 
     from alexnet_jax import evaluate, layers, train
-    from alexnet_jax.data import DataSet
-    from alexnet_jax.pixels import Pixels
 
     executor_name, _, without = kind.removeprefix("ours-").partition("-")
     if without == "grouped":
@@ -77,15 +92,12 @@ def ours(net: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
         layers._with_cpu_form = with_cpu_form
     config = config_of(net, batch)
     config.eval.views = 10 if what == "ten_views" else 1
-    size = config.data.image_size
-    classes = CLASSES.get(net, 10)
-    dataset = DataSet([None] * 10_000, None, [], range(classes), 3)
-    pixels = Pixels(np.full((size, size, 3), 120, np.float32), np.full(3, 30, np.float32), np.eye(3, dtype=np.float32))
+    dataset, pixels = no_data(config, net)
     executor = towers.Executor(executor_name, config.model.towers)
-    images, labels = images_and_labels(config, net, size)
+    images, labels = images_and_labels(config, net, config.data.image_size)
     state = executor.place(train.init_state(config, dataset))
     if what != "train":
-        predict = evaluate.predictor(config, classes, pixels, executor)
+        predict = evaluate.predictor(config, dataset.classes, pixels, executor)
         return lambda: jax.block_until_ready(predict(state.params, images))
     step = train.train_step(config, dataset, pixels, executor)
     number = 0
@@ -110,7 +122,7 @@ def pytorch(net: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
     channels, dropout, pool, lrn = 3, config.model.dropout.rate, config.model.pool, config.model.lrn
     for number, name in enumerate(config.model.order):
         layer = config.model.layers[name]
-        features = layer.features or CLASSES.get(net, 10)
+        features = layer.features or classes_of(net)
         if layer.kind == "dense":
             flat = any(isinstance(part, nn.Linear) for part in parts)
             parts += [] if flat else [nn.Flatten()]

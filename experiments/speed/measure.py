@@ -1,7 +1,8 @@
 """How fast a step is beside other libraries: python experiments/speed/measure.py [--only=GROUP,...] [--repetitions=7]
 
 The contestants of a group take turns, each in a process of its own that has compiled. Writes results.csv beside it, a
-row for each turn, and prints medians. Peers that are not installed are named and left out.
+row for each turn, and prints medians; results.png and scaling.png show them. Peers that are not installed are named and
+left out.
 """
 
 import argparse
@@ -13,51 +14,71 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 TORCH = ("pytorch-contiguous", "pytorch-channels_last", "pytorch-compile")
-WITHOUT = ("ours-pmap-conv", "ours-pmap-normalise", "ours-pmap-max_pool", "ours-pmap-plain")
-# Group: what is done, net, batch, steps a turn, contestants.
-GROUPS = {
-    "paper_128": ("train", "paper", 128, 1, ("ours-auto", *TORCH, "matmul")),
-    "paper_32": ("train", "paper", 32, 1, ("ours-auto", *TORCH, "flax", "ours-vmap", "ours-vmap-grouped")),
-    "operations_32": ("train", "paper", 32, 1, ("ours-auto", *WITHOUT)),
-    "small_64": ("train", "small", 64, 10, ("ours-auto", *TORCH)),
-    "cifar_128": ("train", "cifar", 128, 10, ("ours-auto", "ours-vmap", *TORCH)),
-    "seed_v1_32": ("train", "seed_v1", 32, 2, ("ours-auto", "keras")),
-    "evaluation_128": ("evaluate", "paper", 128, 1, ("ours-auto", *TORCH)),
-    "ten_views_32": ("ten_views", "paper", 32, 1, ("ours-auto", *TORCH)),
-}
+WITHOUT = tuple(f"ours-auto-{form}" for form in ("conv", "normalise", "max_pool", "plain"))
 PACKAGES = {"pytorch": ("torch", "requirements-torch.lock"), "keras": ("keras", "requirements.lock")}
+MATMUL = 2 * 4096**3  # FLOP of a turn of "matmul"
+STEP_FLOP = 4.13e9  # of the paper's net, an image: alexnet_jax.summary --devices=1
+Contestant = tuple[str, str, str, int, int]
+
+
+def each(kinds: tuple[str, ...], what: str, net: str, batch: int, steps: int = 1) -> list[Contestant]:
+    """Contestants that do the same, in steps of which a turn has several; as contestants.py takes them."""
+    return [(kind, what, net, batch, steps) for kind in kinds]
+
+
+GROUPS: dict[str, list[Contestant]] = {
+    "paper_128": each(("ours-auto", *TORCH, "matmul"), "train", "paper", 128),
+    "paper_32": each(("ours-auto", *TORCH, "flax", "ours-vmap", "ours-vmap-grouped"), "train", "paper", 32),
+    "operations_32": each(("ours-auto", *WITHOUT), "train", "paper", 32),
+    "small_64": each(("ours-auto", *TORCH), "train", "small", 64, 10),
+    "cifar_128": each(("ours-auto", "ours-vmap", *TORCH, "ours-auto-avg_pool"), "train", "cifar", 128, 10),
+    "seed_v1_32": each(("ours-auto", "keras"), "train", "seed_v1", 32, 2),
+    "evaluation_128": each(("ours-auto", *TORCH), "evaluate", "paper", 128),
+    "ten_views_32": each(("ours-auto", *TORCH), "ten_views", "paper", 32),
+    "scaling_batch": [c for batch in (8, 16, 32, 64, 128, 256) for c in each(("ours-auto",), "train", "paper", batch)],
+    "scaling_width": [
+        c for width in (0.25, 0.5, 0.75, 1.0) for c in each(("ours-auto",), "train", f"paper*{width}", 32)
+    ],
+    "scaling_devices": [
+        c for batch in (8, 16, 32, 64) for c in each(("ours-auto", "ours-vmap"), "train", "paper", batch)
+    ],
+}
 
 
 def measured(group: str, repetitions: int) -> list[dict[str, object]]:
     """The turns of a group's contestants."""
-    what, net, batch, steps, kinds = GROUPS[group]
     running = {}
-    for kind in kinds:
+    for contestant in GROUPS[group]:
+        kind = contestant[0]
         package, lock = PACKAGES.get(kind.split("-")[0], ("jax", "requirements.lock"))
         if importlib.util.find_spec(package) is None:
             print(f"{kind}: not installed: pip install --requirement {lock}")
             continue
-        command = [sys.executable, HERE / "contestants.py", kind, what, net, str(batch), str(steps)]
+        command = [sys.executable, HERE / "contestants.py", *map(str, contestant)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(command, text=True, **pipes)
         if process.stdout.readline() == "ready\n":  # one after the other: compiling takes all cores
-            running[kind] = process
+            running[contestant] = process
         else:
             print(f"{group}, {kind}: does not run here")
-    rows = []
-    for repetition in range(repetitions):
-        for kind, process in running.items():
+    seconds: dict[Contestant, list[float]] = {contestant: [] for contestant in running}
+    for _ in range(repetitions):
+        for contestant, process in running.items():
             process.stdin.write("go\n")
             process.stdin.flush()
-            seconds = float(process.stdout.readline())
-            rate = None if kind == "matmul" else batch * steps / seconds
-            row = {"group": group, "contestant": kind, "repetition": repetition}
-            rows.append(row | {"seconds": round(seconds, 4), "images_per_second": rate and round(rate, 2)})
-    peaks = {kind: int(process.communicate()[0]) for kind, process in running.items()}
-    return [row | {"peak_bytes": peaks[str(row["contestant"])]} for row in rows]
+            seconds[contestant].append(float(process.stdout.readline()))
+    rows = []
+    for contestant, process in running.items():
+        kind, _, net, batch, steps = contestant
+        peak = int(process.communicate()[0])
+        for repetition, turn in enumerate(seconds[contestant]):
+            row = {"group": group, "contestant": kind, "net": net, "batch": batch, "repetition": repetition}
+            rows.append(row | {"seconds": round(turn / steps, 5), "peak_bytes": peak})
+    return rows
 
 
 def startup(repetitions: int) -> list[dict[str, object]]:
@@ -69,14 +90,90 @@ def startup(repetitions: int) -> list[dict[str, object]]:
                 began = time.perf_counter()
                 command = ["env", f"JAX_COMPILATION_CACHE_DIR={cache}", sys.executable, HERE / "contestants.py"]
                 subprocess.run([*command, "startup"], check=True, capture_output=True)
-                seconds = round(time.perf_counter() - began, 3)
-                row = {"group": "startup", "contestant": kind, "repetition": repetition, "seconds": seconds}
-                rows.append(row)
+                row = {"group": "startup", "contestant": kind, "net": "embedded", "batch": 8, "repetition": repetition}
+                rows.append(row | {"seconds": round(time.perf_counter() - began, 3)})
     return rows
 
 
+def medians(results: pd.DataFrame) -> pd.DataFrame:
+    """A row for each contestant of a group: n, median, lowest and highest seconds a step, and what follows from them.
+
+    "ratio" is the median over that of the group's first contestant, of the same net and batch; its range is that of the
+    ratios turn by turn. Of the paper's net, and beside a matmul, "of matmul" is the rate of its arithmetic over that of
+    the matmul.
+    """
+    same = ["contestant", "net", "batch"]
+    table = results.groupby(same, sort=False)["seconds"].agg(["count", "median", "min", "max"])
+    turns = results.set_index([*same, "repetition"])["seconds"].sort_index()
+    first = results.contestant.iloc[0]
+    for contestant, net, batch in table.index:
+        if (first, net, batch) in table.index and contestant != "matmul":
+            ratios = turns[contestant, net, batch] / turns[first, net, batch]
+            table.loc[(contestant, net, batch), ["ratio", "from", "to"]] = (
+                table["median"][contestant, net, batch] / table["median"][first, net, batch],
+                ratios.min(),
+                ratios.max(),
+            )
+    if "matmul" in results.contestant.values:
+        matmul = MATMUL / table["median"].xs("matmul").iloc[0]
+        batch = table.index.get_level_values("batch")
+        table["of matmul"] = STEP_FLOP * batch / table["median"] / matmul
+    table["images/s"] = table.index.get_level_values("batch") / table["median"]
+    table["peak GB"] = results.groupby(same, sort=False)["peak_bytes"].max() / 1e9
+    return table
+
+
+def plot_scaling(results: pd.DataFrame) -> None:
+    """scaling.png: milliseconds of a step for each of its images, against batch and width."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    by_batch, by_width = figure.subplots(1, 2)
+    rows = results.assign(
+        milliseconds=1000 * results.seconds / results.batch,
+        width=pd.to_numeric(results.net.str.partition("*")[2]),
+    )
+    devices = {"ours-auto": "two devices", "ours-vmap": "one device"}
+    for axes, group, against in (
+        (by_batch, "scaling_batch", "batch"),
+        (by_batch, "scaling_devices", "batch"),
+        (by_width, "scaling_width", "width"),
+    ):
+        for kind, turns in rows[rows.group == group].groupby("contestant"):
+            if group != "scaling_devices" or kind == "ours-vmap":
+                each = turns.groupby(against).milliseconds
+                middle = each.median()
+                low, high = middle - each.min(), each.max() - middle
+                axes.errorbar(middle.index, middle, (low, high), marker="D", capsize=3, label=devices[kind])
+        axes.set(xlabel=against, ylabel="ms an image", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    by_batch.set_xscale("log", base=2)
+    by_batch.legend()
+    figure.savefig(HERE / "scaling.png", dpi=80)
+
+
+def plot(results: pd.DataFrame) -> None:
+    """results.png: every turn, over the median of the first contestant."""
+    groups = [group for group in GROUPS if group in set(results.group) and not group.startswith("scaling")]
+    figure = Figure(figsize=(9, 1.5 + 1.2 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), squeeze=False, sharex=True)[:, 0]
+    for axes, group in zip(panels, groups, strict=True):
+        rows = results[(results.group == group) & (results.contestant != "matmul")]
+        first = rows[rows.contestant == rows.contestant.iloc[0]].seconds.median()
+        kinds = list(rows.contestant.unique())
+        for place, kind in enumerate(kinds):
+            seconds = rows[rows.contestant == kind].seconds
+            axes.plot(seconds / first, [place] * len(seconds), "o", color=f"C{place}", alpha=0.5, markersize=4)
+            axes.plot(seconds.median() / first, place, "D", color=f"C{place}")
+        axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
+        axes.set(ylim=(len(kinds) - 0.5, -0.5), xscale="log")
+        axes.set_title(group, loc="left", fontsize="small")
+        axes.axvline(1, color="black", lw=0.5)
+        axes.grid(axis="x", alpha=0.3, which="both")
+    panels[-1].set_xlabel("time of a step over the first one's median (diamonds: medians)")
+    figure.savefig(HERE / "results.png", dpi=80)
+
+
 def main() -> None:
-    """Measures the groups in turn and prints each contestant's median, and its speed over that of the first."""
+    """Measures the groups in turn, and prints and draws them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=",".join((*GROUPS, "startup")), help="groups, with commas")
     parser.add_argument("--repetitions", type=int, default=7)
@@ -85,11 +182,11 @@ def main() -> None:
     results = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["group"])
     for group in arguments.only.split(","):
         rows = startup(arguments.repetitions) if group == "startup" else measured(group, arguments.repetitions)
-        results = pd.concat([results[results.group != group], pd.DataFrame(rows)])
+        results = pd.concat([results[results.group != group], pd.DataFrame(rows)], ignore_index=True)
         results.to_csv(path, index=False)
-        table = pd.DataFrame(rows).groupby("contestant", sort=False)["seconds"].agg(["count", "median", "min", "max"])
-        table["ours is faster by"] = table["median"] / table["median"].iloc[0]
-        print(f"\n{group}\n{table.round(3).to_string()}", flush=True)
+        print(f"\n{group}\n{medians(results[results.group == group]).round(3).to_string()}", flush=True)
+    plot(results)
+    plot_scaling(results)
 
 
 if __name__ == "__main__":
