@@ -18,7 +18,7 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, batches, data, evaluate, kernels, model, optim, panels, pixels, records
+from alexnet_jax import augment, batches, data, evaluate, kernels, model, optim, pixels, records
 from alexnet_jax.checkpoint import Checkpoints, Weights
 from alexnet_jax.config import as_json, validate
 from alexnet_jax.logs import Logs
@@ -234,6 +234,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                             progress.stall = progress.stall.after(found["validation/top1_error"], config.optim.stall)
                         logs.image(step, f"{first_layer}/kernels", kernels.picture(first_kernels))
                     if last:
+                        from alexnet_jax import panels  # what it draws with would keep the first step waiting
+
                         mistakes = panels.mistakes(outcomes["eval"], dataset, config.data.image_size)
                         logs.image(step, "eval/mistakes", mistakes)
                         _keep(workdir, first_kernels, outcomes["eval"], dataset)
