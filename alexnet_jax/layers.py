@@ -1,7 +1,7 @@
 """The operations of AlexNet that no library offers in the paper's form, or not fast enough on a CPU.
 
 What is written twice has a form for CPUs, of the same value and gradient as the plain one, which GPUs and TPUs run as
-XLA makes it. ``experiments/speed`` is to measure what each brings.
+XLA makes it. ``experiments/speed`` measures what each brings.
 """
 
 import functools

@@ -174,6 +174,8 @@ def plot(results: pd.DataFrame) -> None:
         axes.set_title(group, loc="left", fontsize="small")
         axes.axvline(1, color="black", lw=0.5)
         axes.grid(axis="x", alpha=0.3, which="both")
+    panels[-1].set_xticks(ticks := [1, 1.5, 2, 3, 4], ticks)
+    panels[-1].minorticks_off()
     panels[-1].set_xlabel("time of a step over the first one's median (diamonds: medians)")
     figure.savefig(HERE / "results.png", dpi=80)
 
