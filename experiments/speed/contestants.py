@@ -72,7 +72,8 @@ def ours(net: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
     """A step, or an evaluation, of this repository; crops, flips and colours included.
 
     ``kind`` names the executor, and after a dash what is left out: "grouped" lets XLA make grouped convolutions of
-    mapped ones, "plain" has no form for CPUs, and of "conv", "normalise" and "max_pool" one alone has none.
+    mapped ones, "plain" has no form for CPUs, and of "conv", "normalise", "max_pool" and "avg_pool" one alone
+    has none.
     """
     towers.ensure_host_devices(2)
     import jax
