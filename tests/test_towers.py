@@ -137,9 +137,10 @@ NOISY_ONE_TOWER = {
 }
 
 
-def test_two_devices_that_share_the_batch_train_the_net_of_one_device() -> None:
-    """With dropout, crops and flips on, and a batch that cannot be halved."""
-    config, batch_size = run_config(**NOISY_ONE_TOWER), 5
+@pytest.mark.parametrize("batch_size", [4, 5])
+def test_two_devices_that_share_the_batch_train_the_net_of_one_device(batch_size: int) -> None:
+    """With dropout, crops and flips on, and when the batch cannot be halved."""
+    config = run_config(**NOISY_ONE_TOWER)
     assert Executor("auto", towers=1).name == "shard_map"
     assert config.model.dropout.rate == 0.5
     pairs = zip(
