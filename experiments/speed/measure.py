@@ -40,12 +40,10 @@ GROUPS: dict[str, list[Contestant]] = {
     "seed_v1_32": each(("ours-auto", "keras"), "train", "seed_v1", 32, 2),
     "evaluation_128": each(("ours-auto", *TORCH), "evaluate", "paper", 128),
     "ten_views_32": each(("ours-auto", *TORCH), "ten_views", "paper", 32),
-    "scaling_batch": [c for batch in (8, 16, 32, 64, 128, 256) for c in each(("ours-auto",), "train", "paper", batch)],
-    "scaling_width": [
-        c for width in (0.25, 0.5, 0.75, 1.0) for c in each(("ours-auto",), "train", f"paper*{width}", 32)
-    ],
+    "scaling_batch": [("ours-auto", "train", "paper", batch, 1) for batch in (8, 16, 32, 64, 128, 256)],
+    "scaling_width": [("ours-auto", "train", f"paper*{width}", 32, 1) for width in (0.25, 0.5, 0.75, 1.0)],
     "scaling_devices": [
-        c for batch in (8, 16, 32, 64) for c in each(("ours-auto", "ours-vmap"), "train", "paper", batch)
+        (kind, "train", "paper", batch, 1) for batch in (8, 16, 32, 64) for kind in ("ours-auto", "ours-vmap")
     ],
 }
 
@@ -130,35 +128,35 @@ def medians(results: pd.DataFrame) -> pd.DataFrame:
 
 def plot_scaling(results: pd.DataFrame) -> None:
     """scaling.png: milliseconds of a step for each of its images, against batch and width."""
+    if not {"scaling_batch", "scaling_devices", "scaling_width"} <= set(results.group):
+        return
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     by_batch, by_width = figure.subplots(1, 2)
     rows = results.assign(
         milliseconds=1000 * results.seconds / results.batch,
         width=pd.to_numeric(results.net.str.partition("*")[2]),
     )
-    devices = {"ours-auto": "two devices", "ours-vmap": "one device"}
-    for axes, group, against in (
-        (by_batch, "scaling_batch", "batch"),
-        (by_batch, "scaling_devices", "batch"),
-        (by_width, "scaling_width", "width"),
+    for axes, group, kind, against, label in (
+        (by_batch, "scaling_batch", "ours-auto", "batch", "two devices"),
+        (by_batch, "scaling_devices", "ours-vmap", "batch", "one device"),
+        (by_width, "scaling_width", "ours-auto", "width", "two devices"),
     ):
-        for kind, turns in rows[rows.group == group].groupby("contestant"):
-            if group != "scaling_devices" or kind == "ours-vmap":
-                each = turns.groupby(against).milliseconds
-                middle = each.median()
-                low, high = middle - each.min(), each.max() - middle
-                axes.errorbar(middle.index, middle, (low, high), marker="D", capsize=3, label=devices[kind])
+        turns = rows[(rows.group == group) & (rows.contestant == kind)].groupby(against).milliseconds
+        middle = turns.median()
+        spread = middle - turns.min(), turns.max() - middle
+        axes.errorbar(middle.index, middle, spread, marker="D", capsize=3, label=label)
         axes.set(xlabel=against, ylabel="ms an image", ylim=(0, None))
         axes.grid(alpha=0.3)
     by_batch.set_xscale("log", base=2)
-    if by_batch.lines:
-        by_batch.legend()
+    by_batch.legend()
     figure.savefig(HERE / "scaling.png", dpi=80)
 
 
 def plot(results: pd.DataFrame) -> None:
     """results.png: every turn, over the median of the first contestant."""
     groups = [group for group in GROUPS if group in set(results.group) and not group.startswith("scaling")]
+    if not groups:
+        return
     figure = Figure(figsize=(9, 1.5 + 1.2 * len(groups)), layout="constrained")
     panels = figure.subplots(len(groups), squeeze=False, sharex=True)[:, 0]
     for axes, group in zip(panels, groups, strict=True):

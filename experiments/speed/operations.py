@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import pandas as pd
-from contestants import NETS, classes_of, config_of, no_data
+from contestants import NETS, config_of, images_and_labels, no_data, ours
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -80,10 +80,9 @@ def of_net(net: Part, params: Any, images: Any, executor: towers.Executor) -> It
 
 
 def around_net(config: ConfigDict, net: str, state: train.State, executor: towers.Executor) -> Iterator[Operation]:
-    """The same of what a step does before and after the net, and of the step."""
-    dataset, pixels = no_data(config, net)
-    size = config.data.image_size
-    images = np.random.default_rng(0).integers(0, 256, (config.train.batch_size, size, size, 3)).astype(np.uint8)
+    """The same of what a step does before and after the net."""
+    _, pixels = no_data(config, net)
+    images, _ = images_and_labels(config, net, config.data.image_size)
 
     def inputs(_: Any, images: jax.Array) -> jax.Array:
         own = towers.own_rows(images)
@@ -102,14 +101,6 @@ def around_net(config: ConfigDict, net: str, state: train.State, executor: tower
     if len(executor.devices) > executor.towers:
         yield "", "gradients", "sum over devices", on_devices(sum_up, in_axes=0), (state.params,)
     yield "", "update", "all layers", on_devices(update, in_axes=0), (state.params, state.opt_state, state.params)
-    step = train.train_step(config, dataset, pixels, executor)
-    labels = np.zeros(len(images), np.int32)
-
-    def whole() -> None:
-        nonlocal state
-        state = step(state, {"image": images, "label": labels}, np.uint32(0), np.int32(1), np.int32(0))
-
-    yield "", "step", "all", whole, ()
 
 
 def timed(function: Callable, arguments: tuple[Any, ...], repetitions: int) -> float:
@@ -147,26 +138,31 @@ def data_wait(config: ConfigDict, step: float, repetitions: int) -> float:
     return statistics.median(waits[3:])
 
 
+def totals(table: pd.DataFrame) -> pd.DataFrame:
+    """Milliseconds of each kind of operation, of all layers, and their share of the step."""
+    kind = table["operation"].where(table["operation"] != "weights", "weights, " + table["what"])
+    return table.groupby(kind, sort=False)[["milliseconds", "of the step"]].sum()
+
+
 def main() -> None:
-    """Measures and prints the table."""
+    """Measures and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("net", choices=NETS)
     parser.add_argument("batch", type=int)
     parser.add_argument("--executor", default="auto")
     parser.add_argument("--repetitions", type=int, default=7)
     arguments = parser.parse_args()
-    config, classes = config_of(arguments.net, arguments.batch), classes_of(arguments.net)
+    config = config_of(arguments.net, arguments.batch)
     executor = towers.Executor(arguments.executor, config.model.towers)
     side, shares = config.data.crop, max(1, len(executor.devices) // config.model.towers)
     dataset, _ = no_data(config, arguments.net)
     state = executor.place(train.init_state(config, dataset))
     shape = (config.model.towers, arguments.batch // shares, side, side, 3)
     images = executor.place(np.random.default_rng(0).standard_normal(shape, np.float32))
-    layers = {row.name: row for row in summary.rows(config.model, classes, (side, side, 3))}
+    layers = {row.name: row for row in summary.rows(config.model, dataset.classes, (side, side, 3))}
     rows = []
-    net = Part(config.model, classes)
 
-    def measure(operation: Operation) -> None:
+    def measure(operation: Operation) -> float:
         layer, name, what, function, given = operation
         seconds = timed(function, given, arguments.repetitions)
         row = {"layer": layer, "operation": name, "what": what, "milliseconds": round(1000 * seconds, 3)}
@@ -176,19 +172,21 @@ def main() -> None:
         if name == "weights":
             row["GFLOP/s"] = round(2 * layers[layer].multiply_adds * arguments.batch / seconds / 1e9, 2)
         rows.append(row)
+        return seconds
 
-    for operation in of_net(net, state.params, images, executor):
+    for operation in of_net(Part(config.model, dataset.classes), state.params, images, executor):
         measure(operation)
     for operation in around_net(config, arguments.net, state, executor):
         measure(operation)
-    step = rows[-1]["milliseconds"]
-    wait = data_wait(config, step / 1000, arguments.repetitions)
+    whole = ours(arguments.net, "train", arguments.batch, f"ours-{arguments.executor}")
+    step = measure(("", "step", "all", whole, ()))
+    wait = data_wait(config, step, arguments.repetitions)
     rows.append({"layer": "", "operation": "data", "what": "wait", "milliseconds": round(1000 * wait, 3)})
     table = pd.DataFrame(rows)
-    table["of the step"] = (table["milliseconds"] / step).round(4)
+    table["of the step"] = (table["milliseconds"] / 1000 / step).round(4)
     table.to_csv(Path(__file__).parent / f"operations_{arguments.net}_{arguments.batch}.csv", index=False)
     print(table.to_string(index=False, na_rep=""))
-    print(f"operations alone: {table.milliseconds[:-2].sum():.1f} ms, the step: {step:.1f} ms")
+    print(totals(table).round(4).to_string())
 
 
 if __name__ == "__main__":
