@@ -3,6 +3,11 @@
 Kept short: everything it does is a function that a notebook can call.
 """
 
+from alexnet_jax import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.restart_with("-m", "alexnet_jax.main")  # before anything that takes long to import
+
 import logging
 import os
 import sys

@@ -1,8 +1,9 @@
 """How fast a step is beside other libraries: python experiments/speed/measure.py [--only=GROUP,...] [--repetitions=7]
 
-The contestants of a group take turns, each in a process of its own that has compiled. Writes results.csv beside it, a
-row for each turn, and prints medians; results.png and scaling.png show them. Peers that are not installed are named and
-left out.
+The contestants of a group take turns, each in a process of its own that has compiled. Ours have huge pages of memory,
+as the training command has; what a contestant's name has in brackets is otherwise than usual. Writes results.csv beside
+it, a row for each turn, and prints medians; results.png and scaling.png show them. Peers that are not installed are
+named and left out.
 """
 
 import argparse
@@ -14,11 +15,17 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 import pandas as pd
 from matplotlib.figure import Figure
 
+from alexnet_jax import huge_pages
+
 HERE = Path(__file__).parent
+HUGE, SMALL = " (huge pages)", " (small pages)"
 TORCH = ("pytorch-contiguous", "pytorch-channels_last", "pytorch-compile")
+PAGES = (f"ours-auto{SMALL}", f"pytorch-compile{HUGE}")
 WITHOUT = tuple(f"ours-auto-{form}" for form in ("conv", "normalise", "max_pool", "plain"))
 PACKAGES = {"pytorch": ("torch", "requirements-torch.lock"), "keras": ("keras", "requirements.lock")}
 MATMUL = 2 * 4096**3  # FLOP of a turn of "matmul"
@@ -32,8 +39,8 @@ def each(kinds: tuple[str, ...], what: str, net: str, batch: int, steps: int = 1
 
 
 GROUPS: dict[str, list[Contestant]] = {
-    "paper_128": each(("ours-auto", *TORCH, "matmul"), "train", "paper", 128),
-    "paper_32": each(("ours-auto", *TORCH, "flax", "ours-vmap", "ours-vmap-grouped"), "train", "paper", 32),
+    "paper_128": each(("ours-auto", *PAGES, *TORCH, "matmul"), "train", "paper", 128),
+    "paper_32": each(("ours-auto", *PAGES, *TORCH, "flax", "ours-vmap", "ours-vmap-grouped"), "train", "paper", 32),
     "operations_32": each(("ours-auto", *WITHOUT), "train", "paper", 32),
     "small_64": each(("ours-auto", *TORCH), "train", "small", 64, 10),
     "cifar_128": each(("ours-auto", "ours-vmap", *TORCH, "ours-auto-avg_pool"), "train", "cifar", 128, 10),
@@ -48,6 +55,12 @@ GROUPS: dict[str, list[Contestant]] = {
 }
 
 
+def environment(kind: str) -> dict[str, str]:
+    """The environment variables of a contestant."""
+    huge = kind.endswith(HUGE) or (kind.startswith("ours") and not kind.endswith(SMALL))
+    return os.environ | (huge_pages.variables() if huge else {})
+
+
 def measured(group: str, repetitions: int) -> list[dict[str, object]]:
     """The turns of a group's contestants."""
     running = {}
@@ -57,9 +70,9 @@ def measured(group: str, repetitions: int) -> list[dict[str, object]]:
         if importlib.util.find_spec(package) is None:
             print(f"{kind}: not installed: pip install --requirement {lock}")
             continue
-        command = [sys.executable, HERE / "contestants.py", *map(str, contestant)]
+        command = [sys.executable, HERE / "contestants.py", kind.partition(" ")[0], *map(str, contestant[1:])]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, text=True, **pipes)
+        process = subprocess.Popen(command, text=True, env=environment(kind), **pipes)
         if process.stdout.readline() == "ready\n":  # one after the other: compiling takes all cores
             running[contestant] = process
         else:
@@ -86,9 +99,9 @@ def startup(repetitions: int) -> list[dict[str, object]]:
     for repetition in range(repetitions):
         with tempfile.TemporaryDirectory() as cache:
             for kind in ("cold", "warm"):
-                environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+                variables = environment("ours") | {"JAX_COMPILATION_CACHE_DIR": cache}
                 command = [sys.executable, HERE / "contestants.py", "startup"]
-                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "env": environment}
+                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "env": variables}
                 began = time.perf_counter()
                 with subprocess.Popen(command, text=True, **pipes) as process:
                     process.stdout.readline()  # "ready"

@@ -16,6 +16,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from alexnet_jax import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.restart_with(sys.argv[0])  # as the training command does
+
 import numpy as np
 import pandas as pd
 from contestants import NETS, config_of, images_and_labels, no_data, ours
