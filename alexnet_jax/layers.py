@@ -106,21 +106,33 @@ def _kernel_gradient(
     together = max(1, _POSITIONS // (rows * columns))
     together = next(divisor for divisor in range(together, 0, -1) if count % divisor == 0)
     precise = jnp.promote_types(images.dtype, jnp.float32)
+    # The pixels of a stride become channels, without which the first layer's products would be short. And the rows
+    # of a block are those of the first image, the second and so on, then the next ones: slices of rows are one piece.
+    down, right = strides
+    tall, wide = -(-height // down), -(-width // right)
+    high, broad = rows + tall - 1, columns + wide - 1
+    ends = [
+        (before, strided - before - length, 0)
+        for (before, _), strided, length in zip(padding, (high * down, broad * right), images.shape[1:3], strict=True)
+    ]
+    padded = lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
+    pixels = padded.reshape(-1, together, high, down, broad, right, channels).transpose(0, 2, 1, 4, 3, 5, 6)
+    blocks = pixels.reshape(-1, high * together, broad, down * right * channels)
+    gradients = jnp.swapaxes(gradient.reshape(-1, together, rows, columns, features), 1, 2)
 
     def add(total: jax.Array, some: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        gradient, images = some
-        padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
-        bottom, right = (stride * (steps - 1) + 1 for stride, steps in zip(strides, (rows, columns), strict=True))
+        gradient, block = some
         # What a row of the kernel sees, the next row sees further down: copied once for all of them.
-        seen = jnp.concatenate([padded[:, :, left : left + right : strides[1]] for left in range(width)], axis=-1)
-        patches = [seen[:, top : top + bottom : strides[0]].reshape(-1, width * channels) for top in range(height)]
+        seen = jnp.concatenate([block[:, left : left + columns] for left in range(wide)], axis=-1)
+        tops = [seen[top * together : (top + rows) * together] for top in range(tall)]
+        patches = [each.reshape(-1, wide * block.shape[-1]) for each in tops]
         turned = lax.optimization_barrier(gradient.reshape(-1, features).T)  # once, not in each product
-        products = [jnp.matmul(turned, some, preferred_element_type=precise) for some in patches]
-        return total + jnp.stack(products), None
+        return total + jnp.stack([jnp.matmul(turned, some, preferred_element_type=precise) for some in patches]), None
 
-    parts = tuple(array.reshape(-1, together, *array.shape[1:]) for array in (gradient, images))
-    total, _ = lax.scan(add, jnp.zeros((height, features, width * channels), precise), parts)
-    return jnp.swapaxes(total, 1, 2).reshape(shape)
+    total, _ = lax.scan(add, jnp.zeros((tall, features, wide * blocks.shape[-1]), precise), (gradients, blocks))
+    kernel = jnp.swapaxes(total, 1, 2).reshape(tall, wide, down, right, channels, features)
+    kernel = jnp.swapaxes(kernel, 1, 2).reshape(tall * down, wide * right, channels, features)
+    return kernel[:height, :width]
 
 
 def lrn(x: jax.Array, *, n: int, k: float, alpha: float, beta: float) -> jax.Array:
