@@ -101,15 +101,20 @@ def gradients_on(platform: str, operation, *arguments: jax.Array) -> tuple[jax.A
         return value_and_gradients(*arguments)
 
 
-def convolution(stride: int, padding: tuple[int, int]):
-    return lambda x, kernel: layers.conv(x, kernel, (stride, stride), (padding, padding))
+def convolution(*strides: int, padding: tuple[tuple[int, int], ...]):
+    return lambda x, kernel: layers.conv(x, kernel, strides, padding)
 
 
 OPERATIONS = {
-    "conv1": (convolution(4, (0, 3)), (3, 24, 24, 3), (11, 11, 3, 8)),
-    "conv2": (convolution(1, (2, 2)), (4, 27, 27, 4), (5, 5, 4, 8)),
-    "conv5": (convolution(1, (1, 1)), (6, 13, 13, 4), (3, 3, 4, 8)),
-    "small maps, some images at once": (convolution(1, (1, 1)), (6, 9, 9, 4), (3, 3, 4, 8)),
+    "conv1": (convolution(4, 4, padding=((0, 3), (0, 3))), (3, 24, 24, 3), (11, 11, 3, 8)),
+    "conv2": (convolution(1, 1, padding=((2, 2), (2, 2))), (4, 27, 27, 4), (5, 5, 4, 8)),
+    "conv5": (convolution(1, 1, padding=((1, 1), (1, 1))), (6, 13, 13, 4), (3, 3, 4, 8)),
+    "small maps, some images at once": (convolution(1, 1, padding=((1, 1), (1, 1))), (6, 9, 9, 4), (3, 3, 4, 8)),
+    "other heights than widths, pixels left over": (
+        convolution(3, 2, padding=((0, 1), (2, 0))),
+        (4, 18, 14, 3),
+        (5, 3, 3, 8),
+    ),
     "lrn": (lambda x: layers.lrn(x, n=5, k=2.0, alpha=0.5, beta=0.75), (2, 4, 4, 7)),
     "lrn of an even window": (lambda x: layers.lrn(x, n=4, k=2.0, alpha=0.5, beta=0.75), (2, 4, 4, 7)),
     "spatial lrn": (lambda x: layers.spatial_lrn(x, window=3, k=2.0, alpha=0.5, beta=0.75), (2, 6, 5, 3)),

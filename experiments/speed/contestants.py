@@ -68,12 +68,23 @@ def no_data(config: ConfigDict, net: str) -> tuple[Any, Any]:
     return DataSet([None] * 10_000, None, [], range(classes_of(net)), 3), pixels
 
 
+def leave_out(form: str) -> None:
+    """Has an operation run on CPUs as XLA makes it: "conv", "normalise", "max_pool", "avg_pool", or all: "plain"."""
+    from alexnet_jax import layers
+
+    fast = layers._with_cpu_form
+
+    def with_cpu_form(plain: Callable, **forms: Callable) -> Callable:
+        return plain if form == "plain" or form in plain.__qualname__ else fast(plain, **forms)
+
+    layers._with_cpu_form = with_cpu_form
+
+
 def ours(net: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
     """A step, or an evaluation, of this repository; crops, flips and colours included.
 
     ``kind`` names the executor, and after a dash what is left out: "grouped" lets XLA make grouped convolutions of
-    mapped ones, "plain" has no form for CPUs, and of "conv", "normalise", "max_pool" and "avg_pool" one alone
-    has none.
+    mapped ones, the others are those of ``leave_out``.
     """
     towers.ensure_host_devices(2)
     import jax
@@ -84,13 +95,7 @@ def ours(net: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
     if without == "grouped":
         layers._one_by_one = lambda function: function
     elif without:
-        fast = layers._with_cpu_form
-
-        def with_cpu_form(plain: Callable, **forms: Callable) -> Callable:
-            left_out = without == "plain" or without in plain.__qualname__
-            return plain if left_out else fast(plain, **forms)
-
-        layers._with_cpu_form = with_cpu_form
+        leave_out(without)
     config = config_of(net, batch)
     config.eval.views = 10 if what == "ten_views" else 1
     dataset, pixels = no_data(config, net)

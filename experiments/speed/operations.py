@@ -1,7 +1,8 @@
-"""Where a step's time goes: python experiments/speed/operations.py NET BATCH [--executor=auto] [--repetitions=7]
+"""Where a step's time goes: python experiments/speed/operations.py NET BATCH [--without=plain] [--repetitions=7]
 
 Times each operation of a net alone, on all devices at once, and the whole step. Writes operations_NET_BATCH.csv beside
-it and prints it. Bytes are those of an operation's operands and results, of all devices.
+it and prints it; --without leaves out the forms for CPUs, all ("plain") or one. Bytes are those of an operation's
+operands and results, of all devices.
 """
 
 import argparse
@@ -23,7 +24,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import pandas as pd
-from contestants import NETS, config_of, images_and_labels, no_data, ours
+from contestants import NETS, config_of, images_and_labels, leave_out, no_data, ours
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -155,8 +156,11 @@ def main() -> None:
     parser.add_argument("net", choices=NETS)
     parser.add_argument("batch", type=int)
     parser.add_argument("--executor", default="auto")
+    parser.add_argument("--without", choices=("plain", "conv", "normalise", "max_pool", "avg_pool"))
     parser.add_argument("--repetitions", type=int, default=7)
     arguments = parser.parse_args()
+    if arguments.without:
+        leave_out(arguments.without)
     config = config_of(arguments.net, arguments.batch)
     executor = towers.Executor(arguments.executor, config.model.towers)
     side, shares = config.data.crop, max(1, len(executor.devices) // config.model.towers)
@@ -189,7 +193,8 @@ def main() -> None:
     rows.append({"layer": "", "operation": "data", "what": "wait", "milliseconds": round(1000 * wait, 3)})
     table = pd.DataFrame(rows)
     table["of the step"] = (table["milliseconds"] / 1000 / step).round(4)
-    table.to_csv(Path(__file__).parent / f"operations_{arguments.net}_{arguments.batch}.csv", index=False)
+    name = "_".join(filter(None, ("operations", arguments.net, str(arguments.batch), arguments.without)))
+    table.to_csv(Path(__file__).parent / f"{name}.csv", index=False)
     print(table.to_string(index=False, na_rep=""))
     print(totals(table).round(4).to_string())
 
