@@ -43,7 +43,7 @@ state = Path(sys.argv[1])
 wanted = huge_pages.variables
 huge_pages.variables = lambda: wanted(state)
 huge_pages.restart_with({command})
-print(os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
+print(os.getpid(), sys.argv[1:], os.environ["KEPT"], os.environ.get("GLIBC_TUNABLES"))
 """
 
 
@@ -53,11 +53,11 @@ def test_a_process_starts_again_once_with_its_arguments(tmp_path: Path, command:
     state, script = tmp_path / "enabled", tmp_path / "script.py"
     state.write_text("always [madvise] never")
     script.write_text(SCRIPT.format(command=command))
-    environment = {"PYTHONPATH": str(REPOSITORY)}
+    environment = {"PYTHONPATH": str(REPOSITORY), "KEPT": "as it was"}
     pipes = {"stdout": subprocess.PIPE, "text": True, "env": environment}
     with subprocess.Popen([sys.executable, str(script), str(state), "--b=c d"], **pipes) as process:
         said = process.communicate()[0]
-    assert said == f"{process.pid} {[str(state), '--b=c d']} {asked}\n"
+    assert said == f"{process.pid} {[str(state), '--b=c d']} as it was {asked}\n"
 
 
 def test_the_training_command_asks_before_it_imports_jax() -> None:
