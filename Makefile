@@ -10,7 +10,7 @@ run: $(VENV)/installed
 	$(BIN)/python -m alexnet_jax.main --config=configs/ablation_lrn.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check
