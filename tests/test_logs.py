@@ -52,11 +52,13 @@ def test_a_terminal_shows_a_bar_with_loss_speed_and_time_left(tmp_path: Path, mo
     monkeypatch.setattr("sys.stdout", terminal)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
-    with logs.Logs(tmp_path, start=0, stop=20) as run:
+    folder = tmp_path / "no_lrn" / "seed_0"
+    folder.mkdir(parents=True)
+    with logs.Logs(folder, start=0, stop=20) as run:
         run.write(10, {"train/loss": 1.25, "images_per_second": 321.0})
         for step in (8, 9, 10):
             run.progress(step)
             time.sleep(0.1)
-    for text in ("10/20", "loss 1.250", "321 images/s", "0:00:0"):
+    for text in ("no_lrn/seed_0", "10/20", "loss 1.250", "321 images/s", "0:00:0"):
         assert text in terminal.text
     assert "train/loss 1.25" not in terminal.text  # that is the log's
