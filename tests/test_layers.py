@@ -160,7 +160,7 @@ def test_mapped_convolutions_are_no_grouped_ones(mapped: tuple[int | None, int |
         jnp.array(generator.normal(size=shape if axis is None else (2, *shape)), jnp.float32)
         for shape, axis in zip(shapes, mapped, strict=True)
     )
-    conv = convolution(1, (1, 1))
+    conv = convolution(1, 1, padding=((1, 1), (1, 1)))
 
     def both(images: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
         value, pullback = jax.vjp(conv, images, kernel)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -19,7 +20,7 @@ from conftest import REPOSITORY, TINY, any_pixels, run_config
 from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alexnet_jax import batches, data, evaluate, logs, originals, panels, pixels, prepare, records, train
+from alexnet_jax import batches, data, evaluate, logs, originals, panels, pixels, prepare, progress, records, train
 from alexnet_jax.batches import train_batches
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.towers import Executor
@@ -291,16 +292,23 @@ def test_photographs_go_through_the_papers_net_on_two_devices(shared_images: Pat
     assert seen.deviations[0] > 2 * seen.deviations[1] > 2 * seen.deviations[2]
 
 
-@pytest.mark.parametrize(("pause", "says"), [(0.0, False), (0.2, True)])
+@pytest.mark.parametrize(("pause", "says"), [(0.1, False), (0.2, True)])
 def test_a_run_that_waits_for_images_says_so(tmp_path: Path, monkeypatch, tiny, pause: float, says: bool) -> None:
-    read = train.batches.train_batches
+    """By a clock on which a step takes a second."""
+    read, progressed, now = train.batches.train_batches, logs.Logs.progress, [0.0]
 
     def slowly(*arguments, **more):
-        for batch in list(read(*arguments, **more)):
-            time.sleep(pause)
+        for batch in read(*arguments, **more):
+            now[0] += pause
             yield batch
 
+    def progress_in_a_second(self: logs.Logs, step: int) -> None:
+        now[0] += 1
+        progressed(self, step)
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(train.batches, "train_batches", slowly)
+    monkeypatch.setattr(logs.Logs, "progress", progress_in_a_second)
     result = train.train_and_evaluate(tiny, tmp_path)
     said = (tmp_path / "train.log").read_text()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
