@@ -1,8 +1,8 @@
-"""Where a step's time goes: python experiments/speed/operations.py NET BATCH [--without=plain] [--repetitions=7]
+"""Where a step's time goes: python experiments/speed/operations.py NET BATCH [--executor=auto] [--repetitions=7]
 
 Times each operation of a net alone, on all devices at once, and the whole step. Writes operations_NET_BATCH.csv beside
-it and prints it; --without leaves out the forms for CPUs, all ("plain") or one. Bytes are those of an operation's
-operands and results, of all devices.
+it and prints it. Bytes are those of an operation's operands and results, of all devices. --without=plain leaves out the
+forms for CPUs, --without=max_pool one of them; the file's name ends in it, too.
 """
 
 import argparse
