@@ -70,8 +70,6 @@ def conv(
         of_images = _one_by_one(images_gradient)(gradient, images, kernel)
         return of_images, _one_by_one(kernel_gradient)(gradient, images)
 
-    # What the gradient needs, too, is kept: XLA would compute it again from what came before.
-    images = lax.optimization_barrier(images)
     return _with_cpu_form(plain, value=_one_by_one(plain), gradient=gradients)(images, kernel)
 
 
@@ -110,26 +108,27 @@ def _kernel_gradient(
     # of a block are those of the first image, the second and so on, then the next ones: slices of rows are one piece.
     down, right = strides
     tall, wide = -(-height // down), -(-width // right)
-    high, broad = rows + tall - 1, columns + wide - 1
+    high, broad, deep = rows + tall - 1, columns + wide - 1, down * right * channels
     ends = [
         (before, strided - before - length, 0)
         for (before, _), strided, length in zip(padding, (high * down, broad * right), images.shape[1:3], strict=True)
     ]
-    padded = lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
-    pixels = padded.reshape(-1, together, high, down, broad, right, channels).transpose(0, 2, 1, 4, 3, 5, 6)
-    blocks = pixels.reshape(-1, high * together, broad, down * right * channels)
-    gradients = jnp.swapaxes(gradient.reshape(-1, together, rows, columns, features), 1, 2)
+    blocks = [array.reshape(-1, together, *array.shape[1:]) for array in (gradient, images)]
 
-    def add(total: jax.Array, some: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        gradient, block = some
+    def add(total: jax.Array, block: list[jax.Array]) -> tuple[jax.Array, None]:
+        gradient, images = block
+        padded = lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
+        pixels = padded.reshape(together, high, down, broad, right, channels).transpose(1, 0, 3, 2, 4, 5)
+        strided = pixels.reshape(high * together, broad, deep)
         # What a row of the kernel sees, the next row sees further down: copied once for all of them.
-        seen = jnp.concatenate([block[:, left : left + columns] for left in range(wide)], axis=-1)
+        seen = jnp.concatenate([strided[:, left : left + columns] for left in range(wide)], axis=-1)
         tops = [seen[top * together : (top + rows) * together] for top in range(tall)]
-        patches = [each.reshape(-1, wide * block.shape[-1]) for each in tops]
-        turned = lax.optimization_barrier(gradient.reshape(-1, features).T)  # once, not in each product
+        patches = [each.reshape(-1, wide * deep) for each in tops]
+        turned = jnp.swapaxes(gradient, 0, 1).reshape(-1, features).T
+        turned = lax.optimization_barrier(turned)  # once, not in each product
         return total + jnp.stack([jnp.matmul(turned, some, preferred_element_type=precise) for some in patches]), None
 
-    total, _ = lax.scan(add, jnp.zeros((tall, features, wide * blocks.shape[-1]), precise), (gradients, blocks))
+    total, _ = lax.scan(add, jnp.zeros((tall, features, wide * deep), precise), blocks)
     kernel = jnp.swapaxes(total, 1, 2).reshape(tall, wide, down, right, channels, features)
     kernel = jnp.swapaxes(kernel, 1, 2).reshape(tall * down, wide * right, channels, features)
     return kernel[:height, :width]
@@ -172,16 +171,21 @@ def _normalise(x: jax.Array, window: tuple[int, ...], k: float, alpha: float, be
     def plain(x: jax.Array) -> jax.Array:
         return x * scale(x) ** -beta
 
-    def power(scale: jax.Array) -> jax.Array:
-        return jnp.exp(-beta * jnp.log(scale))  # on CPUs twice as fast as a power
+    def divided(x: jax.Array, scale: jax.Array) -> jax.Array:
+        # On CPUs twice as fast as a power. The division comes last: what ends in a product XLA would compute once more
+        # for the pooling's gradient, and keep what it is made of instead.
+        return x * jnp.exp((1 - beta) * jnp.log(scale)) / scale
 
     def value(x: jax.Array) -> jax.Array:
-        return x * power(scale(x))
+        return divided(x, scale(x))
 
     def gradient(of_value: jax.Array, x: jax.Array) -> tuple[jax.Array]:
         # Shorter than what JAX makes of the plain form, which divides, and takes a power, once more.
+        # The sums again, as they are as large as x. Without a zero that waits for the gradient, XLA would find that it
+        # had them before, and keep them.
+        x = x + 0 * of_value
         scales = scale(x)
-        own = of_value * power(scales)
+        own = divided(of_value, scales)
         mirrored = [(after, before) for before, after in padding]
         others = lax.reduce_window(own * x / scales, 0.0, lax.add, window, (1,) * x.ndim, mirrored)
         return (own - 2 * alpha * beta * x * others,)
