@@ -84,7 +84,8 @@ def ours(net: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
     """A step, or an evaluation, of this repository; crops, flips and colours included.
 
     ``kind`` names the executor, and after a dash what is left out: "grouped" lets XLA make grouped convolutions of
-    mapped ones, the others are those of ``leave_out``.
+    mapped ones, "concurrent" lets it run several operations of a device at a time where it would not, "in_turn" the
+    other way round, the others are those of ``leave_out``.
     """
     towers.ensure_host_devices(2)
     import jax
@@ -94,6 +95,9 @@ def ours(net: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
     executor_name, _, without = kind.removeprefix("ours-").partition("-")
     if without == "grouped":
         layers._one_by_one = lambda function: function
+    elif without in ("concurrent", "in_turn"):
+        options = {"shard_map": towers._CPU_COMPILER_OPTIONS["pmap"]}
+        towers._CPU_COMPILER_OPTIONS = options if without == "in_turn" else {}
     elif without:
         leave_out(without)
     config = config_of(net, batch)

@@ -1,14 +1,15 @@
 """How fast a step is beside other libraries: python experiments/speed/measure.py [--only=GROUP,...] [--repetitions=7]
 
-The contestants of a group take turns, each in a process of its own that has compiled. Ours have huge pages of memory,
-as the training command has; what a contestant's name has in brackets is otherwise than usual. Writes results.csv beside
-it, a row for each turn, and prints medians; results.png and scaling.png show them. Peers that are not installed are
-named and left out.
+The contestants of a group take turns, each time in another order, and each in a process of its own that has compiled.
+Ours have huge pages of memory, as the training command has; what a contestant's name has in brackets is otherwise than
+usual. Writes results.csv beside it, a row for each turn, and prints medians; results.png and scaling.png show them.
+Peers that are not installed are named and left out.
 """
 
 import argparse
 import importlib.util
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -39,11 +40,13 @@ def each(kinds: tuple[str, ...], what: str, net: str, batch: int, steps: int = 1
 
 
 GROUPS: dict[str, list[Contestant]] = {
-    "paper_128": each(("ours-auto", *PAGES, *TORCH, "matmul"), "train", "paper", 128),
+    "paper_128": each(("ours-auto", "ours-auto-concurrent", *PAGES, *TORCH, "matmul"), "train", "paper", 128),
     "paper_32": each(("ours-auto", *PAGES, *TORCH, "flax", "ours-vmap", "ours-vmap-grouped"), "train", "paper", 32),
     "operations_32": each(("ours-auto", *WITHOUT), "train", "paper", 32),
-    "small_64": each(("ours-auto", *TORCH), "train", "small", 64, 10),
-    "cifar_128": each(("ours-auto", "ours-vmap", *TORCH, "ours-auto-avg_pool"), "train", "cifar", 128, 10),
+    "small_64": each(("ours-auto", "ours-auto-concurrent", *TORCH), "train", "small", 64, 10),
+    "cifar_128": each(
+        ("ours-auto", "ours-auto-in_turn", "ours-vmap", *TORCH, "ours-auto-avg_pool"), "train", "cifar", 128, 10
+    ),
     "seed_v1_32": each(("ours-auto", "keras"), "train", "seed_v1", 32, 2),
     "evaluation_128": each(("ours-auto", *TORCH), "evaluate", "paper", 128),
     "ten_views_32": each(("ours-auto", *TORCH), "ten_views", "paper", 32),
@@ -78,8 +81,10 @@ def measured(group: str, repetitions: int) -> list[dict[str, object]]:
         else:
             print(f"{group}, {kind}: does not run here")
     seconds: dict[Contestant, list[float]] = {contestant: [] for contestant in running}
-    for _ in range(repetitions):
-        for contestant, process in running.items():
+    for turn in range(repetitions):
+        # In one order, what comes after a product of large matrices, say, would come after it every time.
+        for contestant in random.Random(turn).sample(list(running), len(running)):
+            process = running[contestant]
             process.stdin.write("go\n")
             process.stdin.flush()
             seconds[contestant].append(float(process.stdout.readline()))
