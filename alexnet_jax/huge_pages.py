@@ -1,8 +1,8 @@
 """Huge pages of memory, for commands that train on CPUs. Nothing here imports JAX.
 
 XLA gives the memory of a step back after it, and Linux has to find and clear it in the next. In pages of 4 kB, and not
-of 2 MB, the paper's step of 32 images takes 1.24 times as long (``experiments/speed``). glibc asks for huge pages if it
-is told to before Python starts.
+of 2 MB, the paper's step of 32 images took 1.24 and 1.04 times as long, in two measurements (``experiments/speed``).
+glibc asks for huge pages if it is told to before Python starts.
 """
 
 import os
