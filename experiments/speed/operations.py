@@ -176,8 +176,8 @@ def main() -> None:
         seconds = timed(function, given, arguments.repetitions)
         row = {"layer": layer, "operation": name, "what": what, "milliseconds": round(1000 * seconds, 3)}
         if layer:
-            shapes = jax.tree.leaves((given, jax.eval_shape(function, *given)))
-            row["megabytes"] = round(shares * sum(leaf.size * leaf.dtype.itemsize for leaf in shapes) / 1e6, 3)
+            arrays = jax.tree.leaves((given, function(*given)))
+            row["megabytes"] = round(shares * sum(array.nbytes for array in arrays) / 1e6, 3)
         if name == "weights":
             row["GFLOP/s"] = round(2 * layers[layer].multiply_adds * arguments.batch / seconds / 1e9, 2)
         rows.append(row)
