@@ -51,7 +51,7 @@ class AlexNet(nn.Module):
         Raises:
           ValueError: a kernel or a pooling window does not fit the map it meets.
         """
-        x = images.astype(self.config.dtype)
+        x = images
         for name in self.config.order:
             layer = self.config.layers[name]
             if layer.crosses:

@@ -42,6 +42,13 @@ def test_lrn_gradient_is_that_of_the_formula() -> None:
         np.testing.assert_allclose(gradient[position], slope, rtol=1e-3, atol=1e-5)
 
 
+def test_lrn_of_bfloat16_is_computed_in_float32() -> None:
+    constants = {"n": 5, "k": 2.0, "alpha": 0.5, "beta": 0.75}
+    rough = jnp.array(np.random.default_rng(0).normal(0, 3, (2, 4, 4, 7)), jnp.bfloat16)
+    exact = layers.lrn(rough.astype(jnp.float32), **constants).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(layers.lrn(rough, **constants), exact)
+
+
 @pytest.mark.parametrize(("window", "stride"), [(3, 2), (2, 2), (3, 1)])
 @pytest.mark.parametrize("size", [55, 27, 13, 6])
 def test_max_pool_takes_the_maximum_of_each_window(size: int, window: int, stride: int) -> None:
