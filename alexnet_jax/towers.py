@@ -90,6 +90,7 @@ class Executor:
 
         An output with axis None must be the same on every tower, and all outputs on all devices that share the
         batch. Where calls wait for their result, the function that does not is ``__wrapped__``.
+        It is the outermost: JAX refuses to trace one with compiler options, as CPUs' pmap has, within another ``jit``.
         """
         if self.name == "shard_map":
             over_devices = self._over_mesh(function, in_axes, out_axes)
