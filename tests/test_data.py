@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_config
+from conftest import run_config, run_script
 
 from alexnet_jax import batches, data, originals, prepare
 
@@ -30,6 +30,21 @@ def test_embedded_set_keeps_its_held_out_images_to_itself() -> None:
     assert not contents(dataset.train) & contents(dataset.evaluation)
     for source, each in ((dataset.train, 400), (dataset.evaluation, 100)):
         assert np.bincount(labels(source)).tolist() == [each] * 10
+
+
+WITHOUT_TFDS = """
+import sys
+from conftest import run_config
+from alexnet_jax import main, train
+train.prepare(run_config())
+assert "tensorflow_datasets" not in sys.modules
+"""
+
+
+def test_the_embedded_set_needs_no_tfds() -> None:
+    """Whose import would be a good part of the time from the command to the first step."""
+    done = run_script(WITHOUT_TFDS)
+    assert done.returncode == 0, done.stderr
 
 
 def test_validation_is_split_off_train_where_it_is_needed() -> None:
