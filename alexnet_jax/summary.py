@@ -6,6 +6,7 @@
 Nothing is computed but shapes.
 """
 
+import logging
 import math
 import sys
 from typing import Any, NamedTuple
@@ -194,6 +195,7 @@ def main(argv: list[str]) -> None:
     given = flags.FLAGS
     if len(argv) > 1 or config_lib.FLAG.value is None:
         raise app.UsageError("say which net: --config=configs/nets/paper.py")
+    logging.getLogger().setLevel(logging.ERROR)  # JAX says what devices it looked for
     rates = (given.flops, given.bandwidth, given.link)
     missing = [f"--{name}" for name in ("devices", *Peak._fields) if given[name].value is None]
     if any(rates) and missing:
