@@ -11,10 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# What one test or one of its commands has compiled, the others need not.
-_COMPILED = tempfile.TemporaryDirectory(prefix="alexnet_jax_compiled_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # What one test, or one of its commands, has compiled, the others need not; pytest-xdist's workers inherit it.
+    _COMPILED = tempfile.TemporaryDirectory(prefix="alexnet_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)  # bytes; with a limit, JAX locks the folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import numpy as np

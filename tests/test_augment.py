@@ -13,6 +13,8 @@ from alexnet_jax import augment
 from alexnet_jax.pixels import Pixels
 from alexnet_jax.towers import Executor
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def images(batch: int, size: int, channels: int) -> np.ndarray:
     """Images in which every pixel says where it is."""
@@ -32,9 +34,12 @@ def seen(config: ConfigDict, channels: int = 3) -> Pixels:
 
 def random_inputs(batch: np.ndarray, config: ConfigDict, seed: int = 0, **arguments) -> np.ndarray:
     pixels = seen(config, batch.shape[-1])
-    return np.asarray(
-        augment.random_inputs(batch, jnp.arange(len(batch)), config, pixels, jax.random.key(seed), **arguments)
-    )
+
+    @jax.jit
+    def inputs(key: jax.Array) -> jax.Array:
+        return augment.random_inputs(batch, jnp.arange(len(batch)), config, pixels, key, **arguments)
+
+    return np.asarray(inputs(jax.random.key(seed)))
 
 
 @settings(max_examples=12, deadline=None)

@@ -17,6 +17,8 @@ from alexnet_jax import cost, layers, model, summary, train
 from alexnet_jax.evaluate import per_image
 from alexnet_jax.towers import TOWER, Executor
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def costs(config: ConfigDict, devices: int, classes: int = 10, channels: int = 1) -> list[cost.Cost]:
     rows = summary.rows(config.model, classes, (config.data.crop, config.data.crop, channels))

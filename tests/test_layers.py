@@ -9,6 +9,8 @@ import pytest
 
 from alexnet_jax import layers
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def numpy_lrn(x: np.ndarray, n: int, k: float, alpha: float, beta: float) -> np.ndarray:
     """The formula of section 3.3, channel by channel."""

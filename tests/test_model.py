@@ -236,9 +236,10 @@ def test_in_bfloat16_logits_and_gradients_are_close_and_parameters_stay_float32(
         assert cosine > 0.95, name  # poolings have more equal maxima
 
     net = model.AlexNet(rough, 10)
-    _, sown = jax.vmap(
-        lambda p: net.apply({"params": p}, images, train=False, mutable="intermediates"), axis_name=TOWER
-    )(params)
+    _, sown = jax.eval_shape(
+        jax.vmap(lambda p: net.apply({"params": p}, images, train=False, mutable="intermediates"), axis_name=TOWER),
+        params,
+    )
     computed = {name: values.dtype for name, (values,) in sown["intermediates"].items()}
     exchanged = dict.fromkeys(("conv3", "fc6", "fc7", "fc8"), jnp.bfloat16) | {"logits": np.dtype(np.float32)}
     assert computed == {f"{name}_exchanged": dtype for name, dtype in exchanged.items()}

@@ -28,23 +28,6 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_another_seed_is_added_to_the_runs_there_are(tmp_path: Path) -> None:
-    study.run_study(tiny_study(), tmp_path, only=["lrn"])
-    results = {path: content for path, content in files(tmp_path).items() if path.name == "result.json"}
-    assert [path.parent for path in results] == [tmp_path / "lrn" / "seed_0"]
-    assert study.run_study(tiny_study(seeds=(0, 1)), tmp_path, only=["lrn", "no_lrn"]) == []
-    assert files(tmp_path).items() >= results.items()
-    table = pd.read_csv(tmp_path / "results.csv")
-    rows = {(arm, seed): status for arm, seed, status in table[["arm", "seed", "status"]].itertuples(index=False)}
-    arms = {"lrn": "finished", "no_lrn": "finished", "lrn_after_pooling": "not started"}
-    assert rows == {(arm, seed): status for arm, status in arms.items() for seed in (0, 1)}
-
-    before = files(tmp_path)
-    with pytest.raises(ValueError, match=r"seed_0 holds a run of another config \(optim.momentum was 0.9, is 0.8\)"):
-        study.run_study(tiny_study(**{"seeds": (0, 1, 2), "optim.momentum": 0.8}), tmp_path)
-    assert files(tmp_path) == before
-
-
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
     """Has a run take no time, and be as good as its rate is near 0.02; where that is more than 1, it fails."""
@@ -65,6 +48,23 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
 
     monkeypatch.setattr(study.train, "train_and_evaluate", train)
     return calls
+
+
+def test_another_seed_is_added_to_the_runs_there_are(trained: list, tmp_path: Path) -> None:
+    study.run_study(tiny_study(), tmp_path, only=["lrn"])
+    results = {path: content for path, content in files(tmp_path).items() if path.name == "result.json"}
+    assert [path.parent for path in results] == [tmp_path / "lrn" / "seed_0"]
+    assert study.run_study(tiny_study(seeds=(0, 1)), tmp_path, only=["lrn", "no_lrn"]) == []
+    assert files(tmp_path).items() >= results.items()
+    table = pd.read_csv(tmp_path / "results.csv")
+    rows = {(arm, seed): status for arm, seed, status in table[["arm", "seed", "status"]].itertuples(index=False)}
+    arms = {"lrn": "finished", "no_lrn": "finished", "lrn_after_pooling": "not started"}
+    assert rows == {(arm, seed): status for arm, status in arms.items() for seed in (0, 1)}
+
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"seed_0 holds a run of another config \(optim.momentum was 0.9, is 0.8\)"):
+        study.run_study(tiny_study(**{"seeds": (0, 1, 2), "optim.momentum": 0.8}), tmp_path)
+    assert files(tmp_path) == before
 
 
 def test_a_failed_run_is_reported_and_the_others_are_run(

@@ -18,6 +18,8 @@ from alexnet_jax import model, train
 from alexnet_jax.data import DataSet
 from alexnet_jax.towers import Executor, all_rows, own_rows, row_numbers
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SCALES = ["embedded", pytest.param("imagenet2012", marks=pytest.mark.slow)]
 
 
@@ -156,10 +158,10 @@ def test_two_devices_that_share_the_batch_train_the_net_of_one_device(batch_size
 FOUR_DEVICES = """
 import jax
 from alexnet_jax import towers
-from conftest import run_config
+from conftest import TINY, run_config
 from test_towers import run_steps, velocity, assert_close
 jax.config.update("jax_num_cpu_devices", 4)
-config = run_config()
+config = run_config(**TINY)
 (one,), (four,) = (list(run_steps(name, config, "embedded", 1, 6)) for name in ("vmap", "auto"))
 executor = towers.Executor("auto", 2)
 print(executor.name, len(executor.devices))
@@ -258,9 +260,9 @@ SOAK = """
 from alexnet_jax import towers
 towers.ensure_host_devices(2)
 import numpy as np
-from conftest import any_pixels, run_config
+from conftest import TINY, any_pixels, run_config
 from alexnet_jax import batches, train
-config = run_config()
+config = run_config(**TINY)
 dataset, executor = train.prepare(config)
 assert executor.name == "pmap"
 step = train.train_step(config, dataset, any_pixels(config, 1), executor)
