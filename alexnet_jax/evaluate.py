@@ -6,7 +6,6 @@ image counts exactly once.
 
 import argparse
 import functools
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from alexnet_jax import augment, batches, checkpoint, data, records, towers
+from alexnet_jax import augment, batches, checkpoint, data, logs, records, towers
 from alexnet_jax.model import AlexNet
 from alexnet_jax.pixels import Pixels
 from alexnet_jax.towers import Executor, all_rows, own_rows
@@ -181,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", help="where data sets are; by default as the run's config says")
     parser.add_argument("--output", type=Path, help="a JSON file for the same numbers")
     arguments = parser.parse_args(argv)
-    logging.getLogger().setLevel(logging.ERROR)  # Orbax says a lot
+    logs.quiet_libraries()
     configs = [records.read_json(run / "config.json") for run in arguments.run]
     towers.ensure_host_devices(max((config["model"]["towers"] for config in configs if config), default=1))
     try:

@@ -1,6 +1,7 @@
 """What a run says while it goes: metrics.jsonl, TensorBoard, a progress bar, plain lines in train.log."""
 
 import json
+import logging
 import math
 import sys
 import time
@@ -27,6 +28,11 @@ LAYOUT = {
     },
     "speed": {"images a second": ["Multiline", ["^images_per_second$"]]},
 }
+
+
+def quiet_libraries() -> None:
+    """Has libraries say errors only: JAX, Orbax and TFDS would drown a command's own lines."""
+    logging.getLogger().setLevel(logging.ERROR)
 
 
 def write_layout(study: Path) -> None:

@@ -8,7 +8,6 @@ from alexnet_jax import huge_pages
 if __name__ == "__main__":
     huge_pages.restart_with("-m", "alexnet_jax.main")  # before anything that takes long to import
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from alexnet_jax import config, dry_run, study, towers
+from alexnet_jax import config, dry_run, logs, study, towers
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The study's folder; by default runs/, then the config's name.")
 
@@ -32,7 +31,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown argument {argv[1]!r}: flags begin with two dashes")
     if config.FLAG.value is None:
         raise app.UsageError("say which study: --config=configs/ablation_lrn.py")
-    logging.getLogger().setLevel(logging.ERROR)  # the libraries' chatter would drown the runs' own lines
+    logs.quiet_libraries()
     folder = Path(_WORKDIR.value or Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem)
     towers.ensure_host_devices(config.FLAG.value.model.towers)
     _keep_compiled()

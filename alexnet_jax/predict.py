@@ -5,7 +5,6 @@ held-out images that are nearest to it in the last hidden layer.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from alexnet_jax import augment, batches, checkpoint, data, evaluate, panels, pictures, records, towers
+from alexnet_jax import augment, batches, checkpoint, data, evaluate, logs, panels, pictures, records, towers
 from alexnet_jax.checkpoint import Weights
 from alexnet_jax.model import AlexNet
 from alexnet_jax.panels import Prediction
@@ -146,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("predictions.png"), help="the drawing; %(default)s")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a picture")
     arguments = parser.parse_args(argv)
-    logging.getLogger().setLevel(logging.ERROR)  # Orbax says a lot
+    logs.quiet_libraries()
     config = records.read_json(arguments.run / "config.json")
     towers.ensure_host_devices(config["model"]["towers"] if config else 1)
     try:

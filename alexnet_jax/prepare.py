@@ -12,7 +12,6 @@ import argparse
 import collections
 import contextlib
 import io
-import logging
 import os
 import shutil
 import sys
@@ -26,7 +25,7 @@ import tensorflow_datasets as tfds
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from alexnet_jax import data, originals, pictures
+from alexnet_jax import data, logs, originals, pictures
 from alexnet_jax.originals import Original, Originals
 
 with tfds.core.registered.skip_registration():  # or it would take the place of TFDS's own sets
@@ -162,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=256, help="side of the stored squares in pixels (default: 256)")
     parser.add_argument("--skip_bad", action="store_true", help="leave out pictures that cannot be read")
     arguments = parser.parse_args(argv)
-    logging.getLogger().setLevel(logging.ERROR)  # TFDS's chatter
+    logs.quiet_libraries()
     if arguments.size < 1:
         parser.error(f"--size={arguments.size}: must be 1 pixel or more")
     manual = Path(arguments.manual_dir or data.root(arguments.data_dir) / "downloads" / "manual")

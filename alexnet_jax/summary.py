@@ -6,7 +6,6 @@
 Nothing is computed but shapes.
 """
 
-import logging
 import math
 import sys
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alexnet_jax import config as config_lib
-from alexnet_jax import cost, model
+from alexnet_jax import cost, logs, model
 from alexnet_jax.cost import Cost, Peak
 from alexnet_jax.optim import KERNEL
 from alexnet_jax.towers import TOWER
@@ -195,7 +194,7 @@ def main(argv: list[str]) -> None:
     given = flags.FLAGS
     if len(argv) > 1 or config_lib.FLAG.value is None:
         raise app.UsageError("say which net: --config=configs/nets/paper.py")
-    logging.getLogger().setLevel(logging.ERROR)  # JAX says what devices it looked for
+    logs.quiet_libraries()
     rates = (given.flops, given.bandwidth, given.link)
     missing = [f"--{name}" for name in ("devices", *Peak._fields) if given[name].value is None]
     if any(rates) and missing:

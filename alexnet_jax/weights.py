@@ -14,7 +14,6 @@ the towers stand side by side, as in a grouped convolution.
 """
 
 import json
-import logging
 import pickle
 import sys
 from collections.abc import Callable
@@ -30,7 +29,7 @@ import safetensors.numpy
 from absl import app
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, model, pixels, records, train
+from alexnet_jax import augment, logs, model, pixels, records, train
 from alexnet_jax import config as config_lib
 from alexnet_jax.checkpoint import Weights, read_run
 from alexnet_jax.optim import BIAS, KERNEL
@@ -399,7 +398,7 @@ def main(argv: list[str]) -> None:
     """Converts, and says how the pixels are to be prepared."""
     if len(argv) != 3:
         raise app.UsageError("say what to read and what to write: SOURCE TARGET")
-    logging.getLogger().setLevel(logging.ERROR)  # Orbax says a lot
+    logs.quiet_libraries()
     study = config_lib.FLAG.value
     try:
         config = None if study is None else config_lib.reference_run(study)
