@@ -2,38 +2,48 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-STUDIES = lrn relu dropout pooling augmentation towers depth contributions
+STUDIES = lrn relu dropout pooling augmentation towers depth contributions modern
 
-.PHONY: run test check studies notebooks lock
+.PHONY: run test quick check studies notebooks lock
 
+# Trains the nine runs of a study on the embedded images and prints its table.
 run: $(VENV)/installed
 	$(BIN)/python -m alexnet_jax.main --config=configs/ablation_lrn.py
 
+# Runs the whole test suite.
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
+# Runs the fast tests, in under a minute.
+quick: $(VENV)/installed
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile -m "not slow"
+
+# Checks format, style and types.
 check: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-# Trains every study on the embedded images and keeps what its notebook reads.
+# Trains every study on the embedded images and keeps the files that its notebook reads.
 studies: $(VENV)/installed
 	for study in $(STUDIES); do \
-		$(BIN)/python -m alexnet_jax.main --config=configs/ablation_$$study.py || exit; \
+		$(BIN)/python -m alexnet_jax.main --config=configs/ablation_$$study.py --seeds=0:10 || exit; \
 		(cd runs/ablation_$$study && cp study.json results.csv curves.csv ../../experiments/$$study) || exit; \
 	done
 
-# Writes the notebooks' outputs again.
+# Executes the notebooks, and writes the generated tables and figures again.
 notebooks: $(VENV)/installed
 	$(BIN)/python experiments/execute.py
+	$(BIN)/python experiments/summary.py
+	$(BIN)/python experiments/figures/towers.py
 
-# All supported versions of Python from one lock: names and versions, no addresses.
+# Locks the dependencies for all supported versions of Python: names and versions, no addresses.
 lock:
 	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --no-header --no-annotate \
 		--output-file requirements.lock
 
-$(VENV)/installed: requirements.lock
+$(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --requirement requirements.lock
+	$(BIN)/python -m pip install --no-deps --editable .
 	touch $@

@@ -1,4 +1,4 @@
-"""Checkpoints: saved by Orbax, verified when they are read; and a whole run read from its folder."""
+"""Checkpoints, verified on reading; and whole trained networks, read from and written to a run's folder."""
 
 import zlib
 from pathlib import Path
@@ -10,17 +10,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from alexnet_jax import config, pixels, records
-from alexnet_jax.pixels import Pixels
+from alexnet_jax.config import as_json
+from alexnet_jax.data import statistics as statistics_lib
+from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.run_dir import RunDir, read_json, write_json
 
 
 class Checkpoints:
-    """The last few checkpoints of a run; a context manager."""
+    """The last few checkpoints of a run, saved by Orbax; a context manager."""
 
     def __init__(self, directory: Path, keep: int):
         """
         Args:
-          keep: how many to keep; older ones are deleted.
+          keep: number of checkpoints to keep; older ones are deleted.
         """
         self._directory = directory.absolute()
         self._manager = ocp.CheckpointManager(
@@ -43,12 +45,15 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Saves; returns once it is written.
+        """Save a checkpoint; return when it is on disk.
 
         Args:
-          step: how many steps are done.
+          step: finished steps.
           state: a pytree of arrays.
-          progress: what else the run needs to go on, as JSON.
+          progress: what else the run needs to resume, as JSON.
+
+        Raises:
+          RuntimeError: Orbax declined to save.
         """
         saved = self._manager.save(
             step,
@@ -62,19 +67,19 @@ class Checkpoints:
             raise RuntimeError(f"the checkpoint of step {step} was not saved in {self._directory}")
 
     def restore(self, state: Any = None) -> tuple[Any, dict[str, Any]] | None:
-        """The latest checkpoint, or None where there is none.
+        """Return state and progress of the latest checkpoint, or None if there is none.
 
         Args:
-          state: arrays of the shapes and on the devices the result should have; the values do not matter. Without
-            it: nested dictionaries of whatever was saved, on the first device.
+          state: arrays of the shapes and on the devices that the result should have; values do not matter. None:
+            nested dictionaries of the saved arrays, on the first device.
 
         Raises:
-          ValueError: the checkpoint is damaged, or is of another net.
+          ValueError: the checkpoint is damaged, or belongs to another network.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        remedy = f"delete {self._directory / str(step)} to go on from the checkpoint before it, or from the start"
+        remedy = f"delete {self._directory / str(step)} to resume from the checkpoint before it, or from the start"
         try:
             shapes = self._saved_shapes(step) if state is None else jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             restored = self._manager.restore(
@@ -101,6 +106,7 @@ class Checkpoints:
 
 
 def _checksums(tree: Any) -> dict[str, int]:
+    """Return the CRC-32 of every array, by its path in the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): zlib.crc32(np.asarray(leaf).tobytes())
@@ -108,50 +114,76 @@ def _checksums(tree: Any) -> dict[str, int]:
     }
 
 
-class Weights(NamedTuple):
-    """A net with its weights.
+class TrainedNetwork(NamedTuple):
+    """A network with its weights.
 
     Attributes:
       config: of a run.
-      classes: that it tells apart.
-      params: by layer, then ``"kernel"`` and ``"bias"``, each with a leading tower axis.
-      pixels: what these weights want to be subtracted; None where no training images have been seen.
+      classes: number of classes.
+      variables: "params" by layer and name, and "batch_stats" if there are any; each array has a leading tower axis.
+      statistics: what the network's input is normalised with; None where no training images were measured.
     """
 
     config: ConfigDict
     classes: int
-    params: dict[str, dict[str, Any]]
-    pixels: Pixels | None = None
+    variables: dict[str, Any]
+    statistics: Statistics | None = None
 
-    def known_pixels(self) -> Pixels:
-        """What is to be subtracted from the pixels.
+    @property
+    def channels(self) -> int:
+        """Channels of the images: 1 (grey) or 3 (RGB)."""
+        return self.variables["params"][self.config.model.order[0]]["kernel"].shape[-2]
+
+    def known_statistics(self) -> Statistics:
+        """Return the dataset statistics, from the config if they were not measured.
 
         Raises:
-          ValueError: it is to be measured on training images, and they have not been seen.
+          ValueError: the config says that they are measured on training images, which has not happened.
         """
-        if self.pixels is not None:
-            return self.pixels
+        if self.statistics is not None:
+            return self.statistics
         if self.config.data.subtract != "mean":
             raise ValueError(
-                f"data.subtract={self.config.data.subtract}: is measured when training begins, and these weights come "
-                "from elsewhere: give --config.data.subtract=mean --config.data.mean=(red, green, blue)"
+                f"data.subtract={self.config.data.subtract}: must be 'mean' for weights from elsewhere, because nothing "
+                "was measured; give --config.data.subtract=mean --config.data.mean=(red, green, blue)"
             )
-        channels = self.params[self.config.model.order[0]]["kernel"].shape[-2]
-        return pixels.uniform(self.config.data, channels)
+        return statistics_lib.uniform(self.config.data, self.channels)
 
 
-def read_run(workdir: Path) -> Weights:
-    """The latest checkpoint of a run, whichever devices it was trained on.
+def load_run(workdir: Path | str) -> TrainedNetwork:
+    """Load the network of a run's latest checkpoint, whichever devices it was trained on.
 
     Raises:
-      ValueError: there is no checkpoint, or it is damaged.
+      ValueError: the folder holds no run with a checkpoint, or the checkpoint is damaged.
     """
-    values, dataset = (records.read_json(workdir / name) for name in ("config.json", "dataset.json"))
-    if values is None or dataset is None or not (workdir / "checkpoints").is_dir():
-        raise ValueError(f"{workdir}: is no run's folder; that has config.json, dataset.json and checkpoints")
-    run = config.from_json(values)
-    with Checkpoints(workdir / "checkpoints", run.train.keep_checkpoints) as checkpoints:
+    run = RunDir(workdir)
+    config, dataset = run.read_config(), read_json(run.dataset_file)
+    if config is None or dataset is None or not run.checkpoints.is_dir():
+        raise ValueError(f"{run.path}: must be a run's folder, with config.json, dataset.json and checkpoints")
+    with Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints:
         restored = checkpoints.restore()
     if restored is None:
-        raise ValueError(f"{workdir}: has no checkpoint yet")
-    return Weights(run, dataset["classes"], jax.device_get(restored[0]["params"]), pixels.read(workdir / pixels.FILE))
+        raise ValueError(f"{run.path}: has no checkpoint yet; train the run first")
+    state = jax.device_get(restored[0])
+    variables = {name: state[name] for name in ("params", "batch_stats") if state.get(name)}
+    return TrainedNetwork(config, dataset["classes"], variables, statistics_lib.read(run.statistics_file))
+
+
+def save_run(run: RunDir, network: TrainedNetwork, state: Any, progress: dict[str, Any]) -> None:
+    """Write a network as a run that has done no step: training resumes from it.
+
+    Args:
+      state: the training state with the network's variables, as from `train.new_state`.
+      progress: as JSON, of a run at step 0.
+
+    Raises:
+      ValueError: the folder exists.
+    """
+    if run.path.exists():
+        raise ValueError(f"{run.path}: must be a new folder, and exists; name another one, or delete it")
+    write_json(run.config_file, as_json(network.config))
+    write_json(run.dataset_file, {"classes": network.classes})
+    if network.statistics is not None:
+        statistics_lib.write(run.statistics_file, network.statistics)
+    with Checkpoints(run.checkpoints, keep=1) as checkpoints:
+        checkpoints.save(0, state, progress)

@@ -1,70 +1,92 @@
-"""Configs: flags with helpful errors, the config of one run, and the check of every value."""
+"""Studies and runs as configs: loading a study, the config of one run, validation. No flags, no JAX."""
 
 import difflib
 import json
 import runpy
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from alexnet_jax import records
-from alexnet_jax.model import ACTIVATIONS, DISTRIBUTIONS, DTYPES, OPERATIONS
-from alexnet_jax.pixels import SUBTRACT
-from alexnet_jax.towers import EXECUTORS
+from alexnet_jax import configs
 
-FLAG = config_flags.DEFINE_config_file(
-    "config", help_string="A file of configs/, and after a colon its scale.", lock_config=True
-)
 SECTIONS = ("model", "data", "optim", "train", "eval")
 
+ACTIVATIONS = ("relu", "tanh", "gelu", "silu")  # functions of flax.linen
+OPERATIONS = ("activation", "lrn", "spatial_lrn", "batch_norm", "max_pool", "avg_pool", "dropout")
+KINDS = ("conv", "local", "dense")
+SEES = ("all", "own")
+DTYPES = ("float32", "bfloat16")
+DISTRIBUTIONS = ("normal", "uniform")
+EXECUTORS = ("auto", "vmap", "pmap", "shard_map")
+OPTIMIZERS = ("paper", "sgd", "adamw")
+SCHEDULES = ("step", "cosine")
+SUBTRACT = ("mean_image", "central_mean_image", "mean_pixel", "mean")
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's flag parser, but what is wrong with a flag is said in one line."""
-    try:
-        for position, argument in enumerate(argv):
-            if argument == "--config" or argument.startswith("--config="):
-                _check_overrides((argument.partition("=")[2] or " ".join(argv[position + 1 : position + 2])), argv)
-        return flags.FLAGS(argv)
-    except (flags.Error, ValueError) as error:
-        sys.exit(f"{Path(argv[0]).name}: {error}")
 
-
-def _check_overrides(source: str, argv: list[str]) -> None:
-    """Refuses flags for keys that the config does not have: ml_collections answers them with a traceback.
+def load_study(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Load a study from a config file.
 
     Args:
-      source: the value of --config: a file, and perhaps a scale after a colon.
+      spec: a file with a function `get_config`, and its scale after a colon: "configs/ablation_lrn.py:cifar10".
+        A file that does not exist is looked for among the package's own configs.
+      overrides: "--config.KEY=VALUE".
 
     Raises:
-      ValueError: there is no such file, scale or key.
+      ValueError: no such file, scale or key, or a value of another type.
     """
-    path, *scale = source.split(":", 1)
-    if not Path(path).is_file():
-        raise ValueError(f"--config={source}: there is no file {path}; the studies are in configs/")
-    config = runpy.run_path(path)["get_config"](*scale)
-    for argument in argv:
-        if argument.startswith("--config."):
-            key = argument.removeprefix("--config.").split("=")[0].split("[")[0]
-            if not _has(config, key):
-                raise ValueError(_unknown(config, key))
+    path, *scale = spec.split(":", 1)
+    namespace = runpy.run_path(str(_study_file(path)))
+    if "get_config" not in namespace:
+        raise ValueError(f"--config={path}: must define a function get_config(scale) that returns a study")
+    study = namespace["get_config"](*scale).lock()
+    for override in overrides:
+        key = override.removeprefix("--config.").split("=")[0].split("[")[0]
+        if not _has(study, key):
+            raise ValueError(_unknown(study, key))
+    values = flags.FlagValues()  # not absl's global flags: a notebook may load many studies
+    arguments = ["alexnet-jax", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", study, flag_values=values, sys_argv=arguments)
+        values(arguments)
+    except flags.Error as error:
+        raise ValueError(str(error)) from None
+    return study
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
-    """Dotted keys and their values."""
-    return records.flatten(config.to_dict())
+def _study_file(path: str) -> Path:
+    """Return a study's file: of the user's, or of the package's own under the same name."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    parts = file.parts[1:] if file.parts[:1] == ("configs",) else file.parts
+    for folder in configs.__path__:
+        if (bundled := Path(folder, *parts)).is_file():
+            return bundled
+    raise ValueError(f"--config={path}: no such file; give a file of your own, or one of configs/")
+
+
+def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested config as dotted keys and their values."""
+    flat: dict[str, Any] = {}
+    for name, value in (config.to_dict() if isinstance(config, ConfigDict) else config).items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
-    """A config as it is on disk: nested dictionaries, lists for tuples."""
+    """Return a config as it is on disk: nested dictionaries, lists for tuples."""
     return json.loads(config.to_json())
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-    """What ``as_json`` made of a run's config; fields that were left open stay None."""
+    """Return the run config that `as_json` made nested dictionaries of.
+
+    Raises:
+      ValueError: the config has the fields of version 0.1.
+    """
 
     def tuples(value: Any) -> Any:
         if isinstance(value, dict):
@@ -72,18 +94,22 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
     config = ConfigDict(tuples(values))
+    if any("crosses" in layer for layer in config.model.layers.values()):
+        raise ValueError(
+            "the config is of alexnet_jax 0.1, whose fields have other names; use that version or train again"
+        )
     config.lock()
     return config
 
 
-def run_config(study: ConfigDict, arm: str, seed: int, changes: dict[str, Any] | None = None) -> ConfigDict:
-    """The config of one run: the study's base, what the arm changes, and ``seed``.
+def run_config(study: ConfigDict, arm: str, seed: int, changes: Mapping[str, Any] | None = None) -> ConfigDict:
+    """Return the config of one run: the study's base with the arm's changes, and a seed.
 
     Args:
-      changes: what else is changed; dotted keys.
+      changes: further changes, by dotted key.
 
     Raises:
-      ValueError: the arm, or a change, names a key that does not exist, or gives a value of another type.
+      ValueError: a change names a key that does not exist, or has a value of another type.
     """
     config = ConfigDict({section: study[section].to_dict() for section in SECTIONS})
     config.lock()
@@ -101,24 +127,24 @@ def run_config(study: ConfigDict, arm: str, seed: int, changes: dict[str, Any] |
 
 
 def reference_run(study: ConfigDict) -> ConfigDict:
-    """The config of the run of the first arm with seed 0: the net that a config file is of."""
+    """Return the config of a study's reference run: its first arm, seed 0."""
     return run_config(study, next(iter(study.arms)), 0)
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks every value of a run's config that can be checked without data and devices.
+    """Check every value of a run's config that can be checked without data and devices.
 
     Raises:
-      ValueError: names the key, the value and the rule.
+      ValueError: a value breaks its rule; names key, value and rule.
     """
     values = flatten(config)
     for key, rule in _rules(config):
-        if not rule.obeys(values[key]):
+        if not rule.holds(values[key]):
             raise ValueError(f"{key}={values[key]!r}: must be {rule.text}")
 
 
 class _Rule(NamedTuple):
-    obeys: Callable[[Any], bool]
+    holds: Callable[[Any], bool]
     text: str
 
 
@@ -135,16 +161,16 @@ def _some_of(*choices: str) -> _Rule:
 
 
 def _or_none(rule: _Rule) -> _Rule:
-    return _Rule(lambda value: value is None or rule.obeys(value), f"None or {rule.text}")
+    return _Rule(lambda value: value is None or rule.holds(value), f"None or {rule.text}")
 
 
 _ASCENDING = _Rule(lambda values: list(values) == sorted(set(values)), "ascending")
 _POSITIVE = _Rule(lambda value: value > 0, "more than 0")
-_SHARE = _Rule(lambda value: 0 <= value < 1, "from 0 to less than 1")
+_FRACTION = _Rule(lambda value: 0 <= value < 1, "from 0 to less than 1")
 
 
 def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
-    """Keys and their rules, in an order in which a rule can rely on those before it."""
+    """Yield keys and their rules; a rule may rely on those before it."""
     model = config.model
     yield "model.towers", _at_least(1)
     yield "model.activation", _one_of(*ACTIVATIONS)
@@ -157,37 +183,49 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
     yield "model.lrn.n", _at_least(1)
     yield "model.lrn.k", _POSITIVE
     yield "model.lrn.alpha", _at_least(0)
+    yield "model.lrn.sees", _one_of(*SEES)
     yield "model.lrn.spatial.window", _at_least(1)
     yield "model.lrn.spatial.k", _POSITIVE
     yield "model.lrn.spatial.alpha", _at_least(0)
+    yield "model.batch_norm.momentum", _FRACTION
+    yield "model.batch_norm.epsilon", _POSITIVE
     yield "model.pool.window", _at_least(1)
     yield "model.pool.stride", _at_least(1)
-    yield "model.dropout.rate", _SHARE
-    yield "data.validation_every", _at_least(2)
+    yield "model.dropout.rate", _FRACTION
     yield "data.image_size", _at_least(1)
     size = config.data.image_size
     yield "data.crop", _Rule(lambda crop: 1 <= crop <= size, f"from 1 to data.image_size={size}")
     yield "data.subtract", _one_of(*SUBTRACT)
     yield "data.std", _Rule(lambda std: all(value > 0 for value in std), "more than 0, per channel")
-    yield "data.augment.chunk", _at_least(1)
     yield "data.augment.colour.noise", _at_least(0)
     yield "data.augment.colour.eigenvalue_unit", _or_none(_POSITIVE)
+    yield "data.augment.code2012.images_per_crop", _at_least(1)
     yield "data.threads", _at_least(1)
     yield "data.prefetch", _at_least(1)
+    yield "optim.name", _one_of(*OPTIMIZERS)
+    yield "optim.schedule", _one_of(*SCHEDULES)
     yield "optim.learning_rate", _POSITIVE
-    yield "optim.momentum", _SHARE
+    yield "optim.warmup_epochs", _at_least(0)
+    yield "optim.momentum", _FRACTION
+    yield (
+        "optim.betas",
+        _Rule(lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas), "two, from 0 to under 1"),
+    )
     yield "optim.weight_decay", _at_least(0)
-    yield "optim.cut_epochs", _ASCENDING
-    yield "optim.cut_divisor", _POSITIVE
-    yield "optim.stall.evaluations", _at_least(0)
-    yield "optim.stall.cuts", _at_least(0)
-    yield "optim.biases.rate", _at_least(0)
-    yield "optim.biases.decay", _at_least(0)
-    yield "optim.biases.cut_epochs", _or_none(_ASCENDING)
-    yield "optim.biases.cut_divisor", _or_none(_POSITIVE)
+    yield "optim.decay_epochs", _ASCENDING
+    yield "optim.decay_factor", _POSITIVE
+    yield "optim.plateau.patience", _at_least(0)
+    yield "optim.plateau.max_decays", _at_least(0)
+    if config.optim.plateau.patience:
+        yield "data.validation_split", _Rule(bool, 'a split or "1/20": optim.plateau.patience needs a validation set')
+    yield "optim.biases.learning_rate", _at_least(0)
+    yield "optim.biases.weight_decay", _at_least(0)
+    yield "optim.biases.decay_epochs", _or_none(_ASCENDING)
+    yield "optim.biases.decay_factor", _or_none(_POSITIVE)
     yield "train.executor", _one_of(*EXECUTORS)
     yield "train.batch_size", _at_least(1)
     yield "train.epochs", _POSITIVE
+    yield "train.label_smoothing", _FRACTION
     yield "train.log_every", _at_least(1)
     yield "train.profile", _at_least(0)
     yield "train.checkpoint_every", _at_least(1)
@@ -200,17 +238,20 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
 
 
 def _layer_rules(key: str, layer: ConfigDict, towers: int, last: bool) -> Iterator[tuple[str, _Rule]]:
-    yield f"{key}.kind", _one_of("conv", "local", "dense")
+    """Yield the rules of one layer's fields."""
+    yield f"{key}.kind", _one_of(*KINDS)
     if last:
-        yield f"{key}.features", _Rule(lambda value: value is None, "None, one for each class, in the last layer")
+        yield f"{key}.features", _Rule(lambda value: value is None, "None (one for each class) in the last layer")
     else:
-        rule = f"a multiple of model.towers={towers}, and only the last layer may leave it open"
-        yield f"{key}.features", _Rule(lambda value: value and value > 0 and value % towers == 0, rule)
+        rule = f"a multiple of model.towers={towers}; only the last layer may leave it open"
+        yield f"{key}.features", _Rule(lambda value: bool(value) and value > 0 and value % towers == 0, rule)
+    yield f"{key}.sees", _one_of(*SEES)
     yield f"{key}.weight_std", _at_least(0)
     yield f"{key}.bias_std", _at_least(0)
     yield f"{key}.weight_decay", _or_none(_at_least(0))
-    yield f"{key}.cut_epochs", _or_none(_ASCENDING)
+    yield f"{key}.decay_epochs", _or_none(_ASCENDING)
     yield f"{key}.then", _some_of(*OPERATIONS)
+    yield f"{key}.then", _Rule(lambda then: list(then).count("batch_norm") <= 1, "a tuple with batch_norm at most once")
     if layer.kind != "dense":
         yield f"{key}.kernel", _at_least(1)
         yield f"{key}.stride", _at_least(1)
@@ -218,6 +259,7 @@ def _layer_rules(key: str, layer: ConfigDict, towers: int, last: bool) -> Iterat
 
 
 def _has(config: ConfigDict, key: str) -> bool:
+    """Return whether a config has a dotted key."""
     for name in key.split("."):
         if not isinstance(config, ConfigDict) or name not in config:
             return False
@@ -226,7 +268,7 @@ def _has(config: ConfigDict, key: str) -> bool:
 
 
 def _unknown(config: ConfigDict, key: str) -> str:
-    """Says that a key does not exist, and which ones are nearest to it."""
+    """Return the message for a key that does not exist, with the nearest ones."""
     keys = list(flatten(config))
     nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0) + difflib.get_close_matches(key, keys)[1:]
     return f"unknown config key {key!r}; did you mean {' or '.join(nearest)}?"

@@ -1,12 +1,11 @@
-"""Errors on held-out data: python -m alexnet_jax.evaluate --run=DIR [--run=DIR ...] [--views=10] [--data_dir=DIR]
+"""Errors of trained networks on the held-out images: of each run and, for several, of their ensemble.
 
-Of each run, and of all together, whose probabilities are averaged as the paper's five nets' are (section 6). Every
-image counts exactly once.
+An ensemble averages the probabilities of its networks, as the paper does for five (section 6). Every image counts
+exactly once.
 """
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,74 +15,109 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from alexnet_jax import augment, batches, checkpoint, data, logs, records, towers
+from alexnet_jax import checkpoint
+from alexnet_jax.data import augment, datasets, loader
+from alexnet_jax.data.datasets import Source
+from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.model import AlexNet
-from alexnet_jax.pixels import Pixels
-from alexnet_jax.towers import Executor, all_rows, own_rows
+from alexnet_jax.parallel import DATA, TOWER, Executor, ensure_host_devices, make_executor
+from alexnet_jax.run_dir import RunDir, write_json
 
-# The function from parameters and a batch of uint8 images to logits (batch, classes).
-Predict = Callable[[Any, Any], jax.Array]
+# A compiled function (variables, statistics, images) -> array (batch, ...), for uint8 images (batch, size, size, ch).
+Predictor = Callable[[Any, Statistics, Any], jax.Array]
 
 
-def per_image(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    """Cross-entropy (in nats) and whether the label misses the best one and the best five, per image.
+def per_example_metrics(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> dict[str, jax.Array]:
+    """Return the cross-entropy (nats) and the top-1 and top-5 errors (0 or 1) of each example.
 
     Args:
-      logits: (batch, classes).
+      logits: float32 (batch, classes).
       labels: int (batch,).
+      label_smoothing: probability that the target distribution of the loss spreads evenly over all classes.
 
     Returns:
-      loss, top1_error and top5_error, each (batch,) of float32.
+      {"loss", "top1_error", "top5_error"}, each float32 (batch,).
     """
-    _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    classes = logits.shape[-1]
+    _, best = lax.top_k(logits, min(5, classes))
     hits = best == labels[:, None]
+    # A product with one-hot targets instead of an index: the gradient of an index is a scatter, slow on GPUs.
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), label_smoothing)
     return {
-        "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+        "loss": jax.nn.logsumexp(logits, axis=-1) - (targets * logits).sum(axis=-1),
         "top1_error": 1.0 - hits[:, 0],
         "top5_error": 1.0 - hits.any(axis=1),
     }
 
 
-def predictor(config: ConfigDict, classes: int, pixels: Pixels, executor: Executor) -> Predict:
-    """The compiled function from parameters and uint8 images to logits.
-
-    Probabilities are averaged over ``eval.views`` views of each image (paper, section 4.1), one view at a time.
-    """
-    model = AlexNet(config.model, classes)
-    views = augment.evaluation_views(config.eval.views, config.data.image_size, config.data.crop)
-    stacked = augment.View(*(jnp.array(field) for field in zip(*views, strict=True)))
-
-    def tower(params: Any, images: jax.Array) -> jax.Array:
-        own = own_rows(images)
-
-        def of_view(view: augment.View) -> jax.Array:
-            inputs = augment.inputs(own, view, config.data, pixels)
-            logits: Any = model.apply({"params": params}, inputs, train=False)
-            return logits
-
-        return all_rows(averaged(lax.map(of_view, stacked)), len(images))
-
-    return executor.map(tower, in_axes=(0, None), out_axes=None)
-
-
-def averaged(logits: jax.Array) -> jax.Array:
-    """The logits of the mean of the probabilities over the first axis."""
+def mean_of_probabilities(logits: jax.Array) -> jax.Array:
+    """Average probabilities over the first axis: logits (k, ..., classes) to logits (..., classes)."""
     if len(logits) == 1:
-        return logits[0]  # nothing is rounded
+        return logits[0]  # without rounding
     return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0)
 
 
+def make_predictor(config: ConfigDict, classes: int, executor: Executor) -> Predictor:
+    """Return the compiled function (variables, statistics, images) -> logits (batch, classes), for any batch size.
+
+    It averages probabilities over ``eval.views`` views of each image (paper, section 4.1), one view at a time. Runs that
+    differ in seed, optimiser or training only share one compiled function.
+
+    Args:
+      config: a run's config.
+      classes: number of classes.
+      executor: where to run it; variables have its leading tower axis.
+    """
+    key = FrozenConfigDict({section: config[section] for section in ("model", "data", "eval")})
+    return _make_predictor(key, classes, executor)
+
+
+@functools.lru_cache(maxsize=16)
+def _make_predictor(config: FrozenConfigDict, classes: int, executor: Executor) -> Predictor:
+    model = AlexNet(config.model, classes)
+    views = augment.evaluation_views(config.eval.views, config.data.image_size, config.data.crop)
+    stacked_views = augment.View(*(jnp.array(field) for field in zip(*views, strict=True)))
+
+    def predict(variables: Any, statistics: Statistics, images: jax.Array) -> jax.Array:
+        def predict_view(view: augment.View) -> Any:
+            return model.apply(variables, augment.inputs(images, view, config.data, statistics), train=False)
+
+        return mean_of_probabilities(lax.map(predict_view, stacked_views))
+
+    return map_over_batch(predict, executor)
+
+
+def map_over_batch(function: Callable[[Any, Statistics, jax.Array], jax.Array], executor: Executor) -> Predictor:
+    """Compile a per-tower function of (variables, statistics, images) for batches of any size.
+
+    Args:
+      function: its result has a leading batch axis and is the same on every tower.
+      executor: where to run it. Each data shard computes its slice of the batch, zero-padded to equal slices.
+    """
+    mapped = executor.map(function, in_axes=(TOWER, None, DATA), out_axes=DATA)
+
+    @functools.wraps(mapped)
+    def call(variables: Any, statistics: Statistics, images: Any) -> jax.Array:
+        padding = -len(images) % executor.shards
+        if padding == 0:
+            return mapped(variables, statistics, images)
+        padded = np.pad(images, [(0, padding), *[(0, 0)] * (images.ndim - 1)])
+        return mapped(variables, statistics, padded)[: len(images)]
+
+    return call
+
+
 class Outcomes(NamedTuple):
-    """What became of each image of a source, in its order; each is an array (images,).
+    """Metrics and predictions of each image of a source, in its order.
 
     Attributes:
-      metrics: loss, top1_error and top5_error, as of ``per_image``.
-      labels: the right classes.
-      predicted: the classes that were found most probable.
+      metrics: those of ``per_example_metrics``, each (images,).
+      labels: correct classes (images,).
+      predicted: most probable classes (images,).
     """
 
     metrics: dict[str, np.ndarray]
@@ -91,78 +125,78 @@ class Outcomes(NamedTuple):
     predicted: np.ndarray
 
     def means(self) -> dict[str, float]:
-        """Loss and errors over all images."""
+        """Return the mean of each metric over all images."""
         return {name: float(values.mean(dtype=np.float64)) for name, values in self.metrics.items()}
 
 
-def outcomes(predictions: Sequence[Callable[[Any], jax.Array]], source: data.Source, config: ConfigDict) -> Outcomes:
-    """Evaluates every image of a source once, by the mean of the probabilities of one or more nets.
+def evaluate(predictions: Sequence[Callable[[Any], jax.Array]], source: Source, config: ConfigDict) -> Outcomes:
+    """Evaluate the mean of the probabilities of one or more networks on every image of a source.
 
     Args:
-      predictions: functions from a batch of uint8 images to logits.
-      config: of a run, for the size of the images and of the batches.
+      predictions: functions from uint8 images (batch, size, size, channels) to logits (batch, classes).
+      source: images and labels.
+      config: a run's config, for the sizes of images and batches.
 
     Raises:
       RuntimeError: an image was missed or counted twice.
     """
-    found: list[Any] = []
-    for batch in batches.all_batches(source, config):
+    parts: list[Any] = []
+    for batch in loader.all_batches(source, config, config.eval.batch_size):
         logits = np.stack([predict(batch["image"]) for predict in predictions])
-        of_batch = Outcomes(*jax.device_get(_of_batch(logits, batch["label"])))
-        found.append(jax.tree.map(lambda values, mask=batch["mask"]: values[mask], of_batch))
-    together = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
-    if len(together.labels) != len(source):
-        raise RuntimeError(f"counted {len(together.labels)} of {len(source)} held-out images")
-    return together
+        outcomes = Outcomes(*jax.device_get(_outcomes(logits, batch["label"])))
+        parts.append(jax.tree.map(lambda values, mask=batch["mask"]: values[mask], outcomes))
+    outcomes = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    if len(outcomes.labels) != len(source):
+        raise RuntimeError(f"counted {len(outcomes.labels)} of {len(source)} images")
+    return outcomes
 
 
 @jax.jit
-def _of_batch(logits: jax.Array, labels: jax.Array) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-    mean = averaged(logits)
-    return per_image(mean, labels), labels, mean.argmax(axis=-1)
+def _outcomes(logits: jax.Array, labels: jax.Array) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+    mean = mean_of_probabilities(logits)
+    return per_example_metrics(mean, labels), labels, mean.argmax(axis=-1)
 
 
-def evaluate_runs(workdirs: Sequence[Path], *, views: int | None = None, data_dir: str | None = None) -> dict[str, Any]:
-    """The errors of trained nets on the held-out images, each alone and, where there are several, averaged.
+def evaluate_runs(run_dirs: Sequence[Path], *, views: int | None = None, data_dir: str | None = None) -> dict[str, Any]:
+    """Evaluate trained networks on the held-out images, each alone and, for several, their ensemble.
 
     Args:
-      workdirs: the runs' folders.
-      views: 1 or 10 of each image; None: as the first run has it.
-      data_dir: where data sets are; None: as the first run has it.
+      run_dirs: folders of runs.
+      views: 1 or 10 per image; None: as the first run's config.
+      data_dir: folder of datasets; None: as the first run's config.
 
     Returns:
-      data, split, images (how many), views, and errors: by run, and for "average", loss (nats), top1_error and
-      top5_error (fractions of 1).
+      "data", "split", "images" (their number), "views" and "errors": {run or "average": {"loss" (nats), "top1_error",
+      "top5_error" (fractions of 1)}}.
 
     Raises:
-      ValueError: a folder holds no run that has begun, or the runs are not of the same images.
+      ValueError: a folder holds no run with a checkpoint, or the runs are of different images.
     """
-    runs = {workdir: checkpoint.read_run(workdir) for workdir in workdirs}
-    first, *others = workdirs
-    common = runs[first].config.copy_and_resolve_references()
-    common.data.data_dir = common.data.data_dir if data_dir is None else data_dir
+    networks = {str(run_dir): checkpoint.load_run(run_dir) for run_dir in run_dirs}
+    first, *others = networks
+    common = networks[first].config.copy_and_resolve_references()
     common.eval.views = views or common.eval.views
-    for workdir in others:
+    common.data.data_dir = common.data.data_dir if data_dir is None else data_dir
+    for name in others:
         for field in ("name", "eval_split", "image_size"):
-            here, there = runs[workdir].config.data[field], common.data[field]
-            if here != there:
+            value, expected = networks[name].config.data[field], common.data[field]
+            if value != expected:
                 raise ValueError(
-                    f"{workdir}: its data.{field} is {here!r}, that of {first} {there!r}; only nets that see the same "
-                    "images can be averaged"
+                    f"{name}: data.{field}={value!r}: must be {expected!r}, as in {first}; an ensemble averages over "
+                    "the same images"
                 )
-    dataset = data.load(common.data)
+    dataset = datasets.load(common.data)
     predictions = {}
-    for workdir, run in runs.items():
-        if run.pixels is None:
-            raise ValueError(f"{workdir}: has not begun, so the mean of its pixels is not known; train it first")
-        config = run.config.copy_and_resolve_references()
+    for name, network in networks.items():
+        config = network.config.copy_and_resolve_references()
         config.eval.views = common.eval.views
-        executor = Executor(config.train.executor, config.model.towers)
-        predict = predictor(config, run.classes, run.pixels, executor)
-        predictions[str(workdir)] = functools.partial(predict, executor.place(run.params))
-    errors = {name: outcomes([predict], dataset.evaluation, common).means() for name, predict in predictions.items()}
+        executor = make_executor(config.train.executor, config.model.towers, common.eval.batch_size)
+        variables, statistics = executor.place(network.variables), executor.replicate(network.known_statistics())
+        predictor = make_predictor(config, network.classes, executor)
+        predictions[name] = functools.partial(predictor, variables, statistics)
+    errors = {name: evaluate([predict], dataset.evaluation, common).means() for name, predict in predictions.items()}
     if others:
-        errors["average"] = outcomes(list(predictions.values()), dataset.evaluation, common).means()
+        errors["average"] = evaluate(list(predictions.values()), dataset.evaluation, common).means()
     return {
         "data": common.data.name,
         "split": common.data.eval_split,
@@ -172,33 +206,26 @@ def evaluate_runs(workdirs: Sequence[Path], *, views: int | None = None, data_di
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Prints a row for each run and one for their average."""
-    parser = argparse.ArgumentParser(prog="python -m alexnet_jax.evaluate", description=__doc__)
-    parser.add_argument("--run", type=Path, action="append", required=True, help="a run's folder; may come again")
-    parser.add_argument("--views", type=int, choices=(1, 10), help="of each image; by default as the run's config says")
-    parser.add_argument("--data_dir", help="where data sets are; by default as the run's config says")
-    parser.add_argument("--output", type=Path, help="a JSON file for the same numbers")
-    arguments = parser.parse_args(argv)
-    logs.quiet_libraries()
-    configs = [records.read_json(run / "config.json") for run in arguments.run]
-    towers.ensure_host_devices(max((config["model"]["towers"] for config in configs if config), default=1))
-    try:
-        found = evaluate_runs(arguments.run, views=arguments.views, data_dir=arguments.data_dir)
-    except ValueError as error:
-        sys.exit(f"evaluate: {error}")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the verb evaluate."""
+    parser.add_argument("--run", type=Path, action="append", required=True, help="folder of a run; repeatable")
+    parser.add_argument("--views", type=int, choices=(1, 10), help="views per image; default: as the run's config")
+    parser.add_argument("--data_dir", help="folder of datasets; default: as the run's config")
+    parser.add_argument("--output", type=Path, help="JSON file to write the same numbers to")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Print a row for each run and one for their ensemble."""
+    configs = [RunDir(run).read_config() for run in arguments.run]
+    ensure_host_devices(max((config.model.towers for config in configs if config), default=1))
+    results = evaluate_runs(arguments.run, views=arguments.views, data_dir=arguments.data_dir)
     if arguments.output:
-        records.write_json(arguments.output, found)
-    table = Table(
-        title=f"{found['data']}, {found['split']}: {found['images']:,} images, views of each: {found['views']}"
-    )
-    for column in ("run", "top-1 error, %", "top-5 error, %", "loss, nats"):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    for name, errors in found["errors"].items():
-        percent = (f"{100 * errors[error]:.2f}" for error in ("top1_error", "top5_error"))
+        write_json(arguments.output, results)
+    title = f"{results['data']}, {results['split']}: {results['images']:,} images, {results['views']} view(s) of each"
+    table = Table("run", title=title)
+    for column in ("top-1 error, %", "top-5 error, %", "loss, nats"):
+        table.add_column(column, justify="right")
+    for name, errors in results["errors"].items():
+        percent = (f"{100 * errors[metric]:.2f}" for metric in ("top1_error", "top5_error"))
         table.add_row(name, *percent, f"{errors['loss']:.4f}")
     Console().print(table)
-
-
-if __name__ == "__main__":
-    main()

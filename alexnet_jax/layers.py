@@ -1,11 +1,14 @@
-"""The operations of AlexNet that no library offers in the paper's form, or not fast enough on a CPU.
+# Arrays of `_kernel_gradient` have their axes in their names.
+# ruff: noqa: N803, N806
+"""Convolution, response normalisation and pooling, with faster kernels for CPUs.
 
-What is written twice has a form for CPUs, of the same value and gradient as the plain one, which GPUs and TPUs run as
-XLA makes it. ``experiments/speed`` measures what each brings.
+A CPU kernel computes the same value and gradient as the plain operation, which GPUs and TPUs run.
+``experiments/speed`` measures each of them.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,16 +17,53 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-_POSITIONS = 256  # of a map, in whole images, whose patches are multiplied at once: they have to stay in the cache
+KERNELS = ("conv", "normalise", "max_pool", "avg_pool")
+
+_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+_CONV_OPTIONS = {
+    "lhs_dilation": (None, (1, 1)),
+    "rhs_dilation": (None, (1, 1)),
+    "dimension_numbers": (_NHWC,),
+    "feature_group_count": (1,),
+    "batch_group_count": (1,),
+    "precision": (None,),
+    "preferred_element_type": (None,),
+}
+_BLOCK = 256  # output positions, in whole images, whose patches stay in the cache together
+
+_enabled: tuple[str, ...] = KERNELS
 
 
-def _with_cpu_form(plain: Callable, *, value: Callable, gradient: Callable) -> Callable:
-    """An operation that is ``plain``, but computed otherwise on CPUs.
+@contextlib.contextmanager
+def cpu_kernels(*names: str) -> Iterator[None]:
+    """Use only the named CPU kernels in functions that are traced within the context; with no name, none.
+
+    A function that was traced before keeps the kernels of then.
+
+    Raises:
+      ValueError: a name is not one of ``KERNELS``.
+    """
+    global _enabled
+    if unknown := set(names) - set(KERNELS):
+        raise ValueError(f"cpu_kernels({', '.join(map(repr, sorted(unknown)))}): must be among {KERNELS}")
+    previous, _enabled = _enabled, names
+    try:
+        yield
+    finally:
+        _enabled = previous
+
+
+def _with_cpu_kernel(name: str, plain: Callable, *, value: Callable, gradient: Callable) -> Callable:
+    """Return ``plain`` with a CPU kernel, or alone where that kernel is switched off.
 
     Args:
-      value: what ``plain`` computes, from the same arguments.
-      gradient: a tuple of the arguments' gradients, from that of the value, and the arguments.
+      name: one of ``KERNELS``.
+      plain: the operation for all other platforms, a function of arrays.
+      value: the same function for CPUs.
+      gradient: its gradient for CPUs, from the cotangent and the arguments to a tuple of the arguments' cotangents.
     """
+    if name not in _enabled:
+        return plain
 
     @jax.custom_vjp
     def operation(*arguments: jax.Array) -> jax.Array:
@@ -32,58 +72,68 @@ def _with_cpu_form(plain: Callable, *, value: Callable, gradient: Callable) -> C
     def forward(*arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         return operation(*arguments), arguments
 
-    def backward(arguments: tuple[jax.Array, ...], of_value: jax.Array) -> tuple[jax.Array, ...]:
-        def plain_gradient(of_value: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, ...]:
-            return jax.vjp(plain, *arguments)[1](of_value)
+    def backward(arguments: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, ...]:
+        def plain_gradient(cotangent: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, ...]:
+            return jax.vjp(plain, *arguments)[1](cotangent)
 
-        return lax.platform_dependent(of_value, *arguments, cpu=gradient, default=plain_gradient)
+        return lax.platform_dependent(cotangent, *arguments, cpu=gradient, default=plain_gradient)
 
     operation.defvjp(forward, backward)
     return operation
 
 
 def conv(
-    images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]], **_: Any
+    images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]], **options: Any
 ) -> jax.Array:
-    """A convolution as ``flax.linen.Conv`` asks for it, without dilation and groups.
+    """Convolve images, as the ``conv_general_dilated`` of ``flax.linen.Conv``.
 
     Args:
       images: (batch, height, width, channels).
       kernel: (height, width, channels, features).
       strides: of both axes, in pixels.
-      padding: of both axes, zeros before and after.
+      padding: zeros before and after, for both axes.
+      options: other arguments of ``lax.conv_general_dilated``, at their defaults (the layout: NHWC, HWIO).
 
     Returns:
       (batch, height, width, features).
+
+    Raises:
+      ValueError: an option has another value: dilation, groups, precision and result type are not supported.
     """
+    for name, option in options.items():
+        if option not in _CONV_OPTIONS.get(name, ()):
+            raise ValueError(f"{name}={option}: must be left at its default; or use lax.conv_general_dilated")
 
     def plain(images: jax.Array, kernel: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=_NHWC)
 
-    def images_gradient(gradient: jax.Array, images: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.vjp(lambda images: plain(images, kernel), images)[1](gradient)[0]
+    def images_gradient(cotangent: jax.Array, images: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.vjp(lambda images: plain(images, kernel), images)[1](cotangent)[0]
 
-    def kernel_gradient(gradient: jax.Array, images: jax.Array) -> jax.Array:
-        return _kernel_gradient(gradient, images, strides, padding, kernel.shape).astype(kernel.dtype)
+    def kernel_gradient(cotangent: jax.Array, images: jax.Array) -> jax.Array:
+        return _kernel_gradient(cotangent, images, strides, padding, kernel.shape).astype(kernel.dtype)
 
-    def gradients(gradient: jax.Array, images: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-        of_images = _one_by_one(images_gradient)(gradient, images, kernel)
-        return of_images, _one_by_one(kernel_gradient)(gradient, images)
+    def gradient(cotangent: jax.Array, images: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        for_images = unrolled_vmap(images_gradient)(cotangent, images, kernel)
+        return for_images, unrolled_vmap(kernel_gradient)(cotangent, images)
 
-    return _with_cpu_form(plain, value=_one_by_one(plain), gradient=gradients)(images, kernel)
+    return _with_cpu_kernel("conv", plain, value=unrolled_vmap(plain), gradient=gradient)(images, kernel)
 
 
-def _one_by_one(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Under ``jax.vmap``, the function of one after the other: several convolutions would become a grouped one.
+def unrolled_vmap(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Return a function that ``jax.vmap`` calls once for each element, and stacks the results.
 
-    XLA runs that slowly on CPUs.
+    A vmapped convolution would become a grouped one, which XLA runs slowly.
     """
     mappable = jax.custom_batching.custom_vmap(function)
 
     @mappable.def_vmap
-    def one_by_one(size: int, mapped: Sequence[bool], *arguments: jax.Array) -> tuple[jax.Array, bool]:
-        each = [[a[i] if own else a for a, own in zip(arguments, mapped, strict=True)] for i in range(size)]
-        return jnp.stack([mappable(*own) for own in each]), True
+    def unrolled(size: int, batched: Sequence[bool], *arguments: jax.Array) -> tuple[jax.Array, bool]:
+        elements = [
+            [argument[i] if is_batched else argument for argument, is_batched in zip(arguments, batched, strict=True)]
+            for i in range(size)
+        ]
+        return jnp.stack([mappable(*element) for element in elements]), True
 
     return mappable
 
@@ -93,76 +143,91 @@ def _kernel_gradient(
     images: jax.Array,
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
-    shape: Sequence[int],
+    kernel_shape: Sequence[int],
 ) -> jax.Array:
-    """Products of gradients and patches, summed over positions; some images at a time, so that patches stay in a cache.
+    """Return a convolution's kernel gradient: the products of gradient and patches, summed over all positions.
 
-    XLA's form is a convolution whose kernel is as large as the map, several times slower on CPUs.
+    Works on blocks of images whose patches stay in the cache. XLA's own form is a convolution with a kernel as large as
+    the feature map, several times slower on CPUs.
+
+    Letters for axes: B images of a block; Y, X output height and width; P = Y * B * X positions; F features;
+    D channels of a cell, which is the ``strides`` pixels of one step (space to depth, or short products in the
+    first layer); K, L height and width of the kernel in cells; H = Y + K - 1 and W = X + L - 1 those of an image.
+
+    Args:
+      gradient: of the output, (batch, Y, X, F).
+      images: (batch, height, width, channels).
+      strides: in pixels.
+      padding: zeros before and after, for both axes.
+      kernel_shape: (height, width, channels, features) of the kernel.
+
+    Returns:
+      The gradient of the kernel, at least in float32.
     """
-    height, width, channels, features = shape
-    count, rows, columns, _ = gradient.shape
-    together = max(1, _POSITIONS // (rows * columns))
-    together = next(divisor for divisor in range(together, 0, -1) if count % divisor == 0)
-    precise = jnp.promote_types(images.dtype, jnp.float32)
-    # The pixels of a stride become channels, without which the first layer's products would be short. And the rows
-    # of a block are those of the first image, the second and so on, then the next ones: slices of rows are one piece.
-    down, right = strides
-    tall, wide = -(-height // down), -(-width // right)
-    high, broad, deep = rows + tall - 1, columns + wide - 1, down * right * channels
-    ends = [
-        (before, strided - before - length, 0)
-        for (before, _), strided, length in zip(padding, (high * down, broad * right), images.shape[1:3], strict=True)
+    kernel_height, kernel_width, channels, F = kernel_shape
+    stride_y, stride_x = strides
+    count, Y, X, _ = gradient.shape
+    B = max(1, _BLOCK // (Y * X))
+    B = next(divisor for divisor in range(B, 0, -1) if count % divisor == 0)
+    K, L = -(-kernel_height // stride_y), -(-kernel_width // stride_x)
+    H, W, D = Y + K - 1, X + L - 1, stride_y * stride_x * channels
+    dtype = jnp.promote_types(images.dtype, jnp.float32)
+    borders = [
+        (before, size - before - image_size, 0)
+        for (before, _), size, image_size in zip(padding, (H * stride_y, W * stride_x), images.shape[1:3], strict=True)
     ]
-    blocks = [array.reshape(-1, together, *array.shape[1:]) for array in (gradient, images)]
+    blocks = [array.reshape(-1, B, *array.shape[1:]) for array in (gradient, images)]
 
-    def add(total: jax.Array, block: list[jax.Array]) -> tuple[jax.Array, None]:
-        gradient, images = block
-        padded = lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
-        pixels = padded.reshape(together, high, down, broad, right, channels).transpose(1, 0, 3, 2, 4, 5)
-        strided = pixels.reshape(high * together, broad, deep)
-        # What a row of the kernel sees, the next row sees further down: copied once for all of them.
-        seen = jnp.concatenate([strided[:, left : left + columns] for left in range(wide)], axis=-1)
-        tops = [seen[top * together : (top + rows) * together] for top in range(tall)]
-        patches = [each.reshape(-1, wide * deep) for each in tops]
-        turned = jnp.swapaxes(gradient, 0, 1).reshape(-1, features).T
-        turned = lax.optimization_barrier(turned)  # once, not in each product
-        return total + jnp.stack([jnp.matmul(turned, some, preferred_element_type=precise) for some in patches]), None
+    def add_block(total_KxFxLD: jax.Array, block: list[jax.Array]) -> tuple[jax.Array, None]:
+        gradient_BxYxXxF, images = block
+        padded = lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *borders, (0, 0, 0)])
+        cells = padded.reshape(B, H, stride_y, W, stride_x, channels).transpose(1, 0, 3, 2, 4, 5)
+        # The first rows of all images, then their second rows, and so on: a slice of rows is contiguous.
+        cells_HBxWxD = cells.reshape(H * B, W, D)
+        # All rows of the kernel share the horizontal part of their patches: it is copied once.
+        strips_HBxXxLD = jnp.concatenate([cells_HBxWxD[:, x : x + X] for x in range(L)], axis=-1)
+        patches_PxLD = [strips_HBxXxLD[y * B : (y + Y) * B].reshape(-1, L * D) for y in range(K)]
+        gradient_FxP = jnp.swapaxes(gradient_BxYxXxF, 0, 1).reshape(-1, F).T
+        gradient_FxP = lax.optimization_barrier(gradient_FxP)  # transposed once, not in each product
+        products = [jnp.matmul(gradient_FxP, patches, preferred_element_type=dtype) for patches in patches_PxLD]
+        return total_KxFxLD + jnp.stack(products), None
 
-    total, _ = lax.scan(add, jnp.zeros((tall, features, wide * deep), precise), blocks)
-    kernel = jnp.swapaxes(total, 1, 2).reshape(tall, wide, down, right, channels, features)
-    kernel = jnp.swapaxes(kernel, 1, 2).reshape(tall * down, wide * right, channels, features)
-    return kernel[:height, :width]
+    total_KxFxLD, _ = lax.scan(add_block, jnp.zeros((K, F, L * D), dtype), blocks)
+    kernel = jnp.swapaxes(total_KxFxLD, 1, 2).reshape(K, L, stride_y, stride_x, channels, F)
+    kernel = jnp.swapaxes(kernel, 1, 2).reshape(K * stride_y, L * stride_x, channels, F)
+    return kernel[:kernel_height, :kernel_width]
 
 
 def lrn(x: jax.Array, *, n: int, k: float, alpha: float, beta: float) -> jax.Array:
-    """Local response normalisation over neighbouring channels (paper, section 3.3).
+    """Normalise local responses over neighbouring channels (paper, section 3.3).
 
-    ``b_i = a_i / (k + alpha * sum_j a_j ** 2) ** beta``, where j runs over the n channels
-    centred on i, as far as they exist. ``alpha`` multiplies the plain sum, as in the paper's
-    text: Caffe, PyTorch and the 2012 code divide it by n first.
+    ``b_i = a_i / (k + alpha * sum_j a_j ** 2) ** beta``, where j runs over the n channels centred on i, as far as they
+    exist. ``alpha`` multiplies the plain sum, as in the paper: Caffe, PyTorch and the 2012 code divide it by n first.
 
     Args:
-      x: activations (..., channels) of one tower; its neighbour's channels do not count.
+      x: activations (..., channels) of one tower.
       n: width of the window, in channels.
+      k, alpha, beta: the constants of the formula.
     """
     return _normalise(x, (1,) * (x.ndim - 1) + (n,), k, alpha, beta)
 
 
 def spatial_lrn(x: jax.Array, *, window: int, k: float, alpha: float, beta: float) -> jax.Array:
-    """Response normalisation over the neighbouring pixels of the same map: the 2012 code's second normalisation.
+    """Normalise local responses over neighbouring pixels of a feature map, the 2012 code's second normalisation.
 
-    ``b = a / (k + alpha * sum a ** 2) ** beta``, summed over the window centred on the pixel, as far as it is on
-    the map (``type=rnorm`` of cuda-convnet, which divides its ``scale`` by the window's area first).
+    ``b = a / (k + alpha * sum a ** 2) ** beta``, summed over the window centred on the pixel, as far as it is inside
+    the feature map (``type=rnorm`` of cuda-convnet, which divides its ``scale`` by the window's area first).
 
     Args:
       x: activations (batch, height, width, channels).
       window: height and width, in pixels.
+      k, alpha, beta: the constants of the formula.
     """
     return _normalise(x, (1, window, window, 1), k, alpha, beta)
 
 
 def _normalise(x: jax.Array, window: tuple[int, ...], k: float, alpha: float, beta: float) -> jax.Array:
-    """Divided by a power of the squares in a window, a width for each axis, that is centred on each value."""
+    """Divide by ``(k + alpha * sum of squares) ** beta``, over a centred window with a width for each axis."""
     padding = [(width // 2, (width - 1) // 2) for width in window]
 
     def scale(x: jax.Array) -> jax.Array:
@@ -171,124 +236,126 @@ def _normalise(x: jax.Array, window: tuple[int, ...], k: float, alpha: float, be
     def plain(x: jax.Array) -> jax.Array:
         return x * scale(x) ** -beta
 
-    def divided(x: jax.Array, scale: jax.Array) -> jax.Array:
-        # On CPUs twice as fast as a power. The division comes last: what ends in a product XLA would compute once more
-        # for the pooling's gradient, and keep what it is made of instead.
+    def divide(x: jax.Array, scale: jax.Array) -> jax.Array:
+        # On CPUs twice as fast as a power. The division comes last: XLA would recompute a final product for the
+        # gradient of the pooling, and keep its factors in memory instead.
         return x * jnp.exp((1 - beta) * jnp.log(scale)) / scale
 
     def value(x: jax.Array) -> jax.Array:
-        return divided(x, scale(x))
+        return divide(x, scale(x))
 
-    def gradient(of_value: jax.Array, x: jax.Array) -> tuple[jax.Array]:
-        # Shorter than what JAX makes of the plain form, which divides, and takes a power, once more.
-        # The sums again, as they are as large as x. Without a zero that waits for the gradient, XLA would find that it
-        # had them before, and keep them.
-        x = x + 0 * of_value
+    def gradient(cotangent: jax.Array, x: jax.Array) -> tuple[jax.Array]:
+        # Shorter than the derivative of the plain form, which has another division and power. The sums are recomputed,
+        # because they are as large as x. Here x depends on the cotangent, without changing: otherwise XLA would find
+        # them equal to those of the forward pass, and keep these (an optimization_barrier keeps them, too).
+        x = jnp.where(jnp.isnan(cotangent), cotangent, x)
         scales = scale(x)
-        own = divided(of_value, scales)
+        direct = divide(cotangent, scales)
         mirrored = [(after, before) for before, after in padding]
-        others = lax.reduce_window(own * x / scales, 0.0, lax.add, window, (1,) * x.ndim, mirrored)
-        return (own - 2 * alpha * beta * x * others,)
+        neighbours = lax.reduce_window(direct * x / scales, 0.0, lax.add, window, (1,) * x.ndim, mirrored)
+        return (direct - 2 * alpha * beta * x * neighbours,)
 
     precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return _with_cpu_form(plain, value=value, gradient=gradient)(precise).astype(x.dtype)
+    return _with_cpu_kernel("normalise", plain, value=value, gradient=gradient)(precise).astype(x.dtype)
 
 
 def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array:
-    """Max pooling (paper, section 3.4); it overlaps where the stride is less than the window.
+    """Return the maximum of each window (paper, section 3.4); windows overlap if the stride is less than their width.
 
     Args:
       x: activations (batch, height, width, channels).
-      ceil: whether a last window may hang over the right and bottom edge, as in cuda-convnet and Caffe.
+      window: height and width, in pixels.
+      stride: in pixels.
+      ceil: whether a last window may extend over the right and bottom edge, as in cuda-convnet and Caffe.
 
     Raises:
-      ValueError: the window is larger than the map.
+      ValueError: the window is larger than the feature map.
     """
-    padding = _hanging(x, window, stride, ceil)
+    padding = _pool_padding(x, window, stride, ceil)
 
     def plain(x: jax.Array) -> jax.Array:
         return nn.max_pool(x, (window, window), (stride, stride), padding)
 
-    def maxima(x: jax.Array, axis: int) -> jax.Array:
-        return functools.reduce(jnp.maximum, _places(x, axis, window, stride))
+    def maximum(x: jax.Array, axis: int) -> jax.Array:
+        return functools.reduce(jnp.maximum, _window_slices(x, axis, window, stride))
 
-    def padded(x: jax.Array) -> jax.Array:
+    def pad(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-jnp.inf)
 
     def value(x: jax.Array) -> jax.Array:
-        return maxima(maxima(padded(x), 2), 1)
+        return maximum(maximum(pad(x), 2), 1)
 
-    def along(gradient: jax.Array, x: jax.Array, axis: int) -> jax.Array:
-        """The gradient of maxima along an axis: of equal ones, the first has it, as in XLA."""
-        largest = maxima(x, axis)
-        taken, own = jnp.zeros(largest.shape, bool), []
-        for values in _places(x, axis, window, stride):
-            first = (values == largest) & ~taken
-            taken |= first
-            own.append(jnp.where(first, gradient, 0))
-        return _woven(own, axis, stride, x.shape[axis])
+    def axis_gradient(cotangent: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+        """Return the gradient of ``maximum``, which goes to the first of equal values, as in XLA."""
+        largest = maximum(x, axis)
+        assigned, gradients = jnp.zeros(largest.shape, bool), []
+        for values in _window_slices(x, axis, window, stride):
+            is_first = (values == largest) & ~assigned
+            assigned |= is_first
+            gradients.append(jnp.where(is_first, cotangent, 0))
+        return _interleave(gradients, axis, stride, x.shape[axis])
 
-    def gradient(of_value: jax.Array, x: jax.Array) -> tuple[jax.Array]:
-        # XLA looks for the maxima again, window by window, to know where the gradient goes.
-        whole = padded(x)
-        found = along(along(of_value, maxima(whole, 2), 1), whole, 2)
-        return (found[:, : x.shape[1], : x.shape[2]],)
+    def gradient(cotangent: jax.Array, x: jax.Array) -> tuple[jax.Array]:
+        # XLA's own gradient searches each window for its maximum once more.
+        padded = pad(x)
+        whole = axis_gradient(axis_gradient(cotangent, maximum(padded, 2), 1), padded, 2)
+        return (whole[:, : x.shape[1], : x.shape[2]],)
 
-    return _with_cpu_form(plain, value=value, gradient=gradient)(x)
+    return _with_cpu_kernel("max_pool", plain, value=value, gradient=gradient)(x)
 
 
 def avg_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array:
-    """Average pooling of cuda-convnet's CIFAR-10 nets: over the pixels of the window that are on the map.
+    """Return the mean of each window, over the pixels inside the feature map (cuda-convnet's CIFAR-10 networks).
 
     Arguments and errors are those of ``max_pool``.
     """
-    padding = _hanging(x, window, stride, ceil)
+    padding = _pool_padding(x, window, stride, ceil)
 
     def plain(x: jax.Array) -> jax.Array:
         return nn.avg_pool(x, (window, window), (stride, stride), padding, count_include_pad=False)
 
-    def gradient(of_value: jax.Array, x: jax.Array) -> tuple[jax.Array]:
-        # XLA spreads the gradient with zeros between its values, and adds up windows of that.
-        for axis, (_, hanging) in zip((1, 2), padding, strict=True):
-            length, count = x.shape[axis], of_value.shape[axis]
+    def gradient(cotangent: jax.Array, x: jax.Array) -> tuple[jax.Array]:
+        # XLA's own gradient inserts zeros between the values, and sums windows of that.
+        for axis, (_, after) in zip((1, 2), padding, strict=True):
+            length, count = x.shape[axis], cotangent.shape[axis]
             pixels = np.minimum(window, length - stride * np.arange(count))
-            share = of_value / jnp.expand_dims(jnp.array(pixels, x.dtype), range(1, x.ndim - axis))
-            woven = _woven([share] * window, axis, stride, length + hanging)
-            of_value = lax.slice_in_dim(woven, 0, length, 1, axis)
-        return (of_value,)
+            portion = cotangent / jnp.expand_dims(jnp.array(pixels, x.dtype), range(1, x.ndim - axis))
+            padded = _interleave([portion] * window, axis, stride, length + after)
+            cotangent = lax.slice_in_dim(padded, 0, length, 1, axis)
+        return (cotangent,)
 
-    return _with_cpu_form(plain, value=plain, gradient=gradient)(x)
-
-
-def _places(x: jax.Array, axis: int, window: int, stride: int) -> list[jax.Array]:
-    """The first values of all windows along an axis, the second ones, and so on."""
-    reach = x.shape[axis] - window
-    return [lax.slice_in_dim(x, place, place + reach + 1, stride, axis) for place in range(window)]
+    return _with_cpu_kernel("avg_pool", plain, value=plain, gradient=gradient)(x)
 
 
-def _woven(places: list[jax.Array], axis: int, stride: int, length: int) -> jax.Array:
-    """What the places of all windows have, added up where it came from: the transpose of ``_places``."""
-    # Every stride-th position is of the same places of its windows.
-    count, windows = -(-length // stride), places[0].shape[axis]
+def _window_slices(x: jax.Array, axis: int, window: int, stride: int) -> list[jax.Array]:
+    """Return the first values of all windows along an axis, then the second values, and so on."""
+    last = x.shape[axis] - window
+    return [lax.slice_in_dim(x, offset, offset + last + 1, stride, axis) for offset in range(window)]
+
+
+def _interleave(slices: list[jax.Array], axis: int, stride: int, length: int) -> jax.Array:
+    """Sum slices of windows at their positions along an axis of ``length``: the transpose of ``_window_slices``."""
+    # Positions that are a multiple of the stride apart come from the same slices.
+    count, windows = -(-length // stride), slices[0].shape[axis]
     phases = []
     for phase in range(stride):
         shifted = []
-        for place in range(phase, len(places), stride):
-            before = place // stride
-            borders = [(0, 0)] * places[0].ndim
+        for offset in range(phase, len(slices), stride):
+            before = offset // stride
+            borders = [(0, 0)] * slices[0].ndim
             borders[axis] = (before, count - before - windows)
-            shifted.append(jnp.pad(places[place], borders))
-        phases.append(sum(shifted, start=jnp.zeros((), places[0].dtype)))
-    woven = jnp.stack(jnp.broadcast_arrays(*phases), axis + 1)
-    return lax.slice_in_dim(lax.collapse(woven, axis, axis + 2), 0, length, 1, axis)
+            shifted.append(jnp.pad(slices[offset], borders))
+        phases.append(sum(shifted, start=jnp.zeros((), slices[0].dtype)))
+    interleaved = jnp.stack(jnp.broadcast_arrays(*phases), axis + 1)
+    return lax.slice_in_dim(lax.collapse(interleaved, axis, axis + 2), 0, length, 1, axis)
 
 
-def _hanging(x: jax.Array, window: int, stride: int, ceil: bool) -> list[tuple[int, int]]:
-    """By how much windows hang over the edges of maps (batch, height, width, channels)."""
+def _pool_padding(x: jax.Array, window: int, stride: int, ceil: bool) -> list[tuple[int, int]]:
+    """Return the padding before and after the height and the width that pooling needs."""
     height, width = x.shape[1:3]
     if window > min(height, width):
         raise ValueError(
-            f"a pooling window of {window}x{window} does not fit a map of {height}x{width}: "
+            f"a pooling window of {window}x{window} does not fit a feature map of {height}x{width}: "
             "use larger images (data.crop), smaller strides or fewer poolings"
         )
-    return [(0, (window - side) % stride if ceil else 0) for side in (height, width)]
+    return [(0, (window - size) % stride if ceil else 0) for size in (height, width)]

@@ -1,63 +1,46 @@
-"""The command: python -m alexnet_jax.main --config=configs/ablation_lrn.py[:scale] [--config.KEY=VALUE ...]
+"""Train and evaluate every run of a study, then write its report.
 
-Kept short: everything it does is a function that a notebook can call.
+python -m alexnet_jax.main --config=configs/ablation_lrn.py[:SCALE] [--config.KEY=VALUE ...]
+
+Re-run the command to resume: finished runs are skipped, interrupted runs continue.
 """
 
-from alexnet_jax import huge_pages
-
-if __name__ == "__main__":
-    huge_pages.restart_with("-m", "alexnet_jax.main")  # before anything that takes long to import
-
-import os
+import argparse
 import sys
 from pathlib import Path
 
-import jax
-from absl import app, flags
-from ml_collections import config_flags
-
-from alexnet_jax import config, dry_run, logs, study, towers
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "The study's folder; by default runs/, then the config's name.")
-
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Prints the runs, their size and an estimate of the time; runs none.")
-_ONLY = flags.DEFINE_list("only", [], "Arms to run, with commas; by default all.")
-_SEEDS = flags.DEFINE_string("seeds", None, "Seeds to run, as 0:5 or 0,2,4; by default the study's.")
+from alexnet_jax import parallel
+from alexnet_jax.__main__ import run_verb
+from alexnet_jax.studies import runner
 
 
-def main(argv: list[str]) -> None:
-    """Runs the study that the flags name."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}: flags begin with two dashes")
-    if config.FLAG.value is None:
-        raise app.UsageError("say which study: --config=configs/ablation_lrn.py")
-    logs.quiet_libraries()
-    folder = Path(_WORKDIR.value or Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem)
-    towers.ensure_host_devices(config.FLAG.value.model.towers)
-    _keep_compiled()
-    try:
-        if _SEEDS.value is not None:
-            config.FLAG.value.seeds = study.parse_seeds(_SEEDS.value)
-        if _DRY_RUN.value:
-            dry_run.print_plan(config.FLAG.value, folder, _ONLY.value)
-        elif failed := study.run_study(config.FLAG.value, folder, _ONLY.value):
-            names = "; ".join(run.name for run in failed)
-            sys.exit(f"{len(failed)} run(s) failed: {names}. The same command tries them again")
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    except KeyboardInterrupt as stopped:
-        sys.exit(f"{stopped}\nthe same command goes on from there")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("--config", required=True, help="the study's file, and its scale after a colon")
+    parser.add_argument("--workdir", type=Path, help="the study's folder; default: runs/ and the name of the file")
+    parser.add_argument("--dry_run", action="store_true", help="print the runs and their sizes, train nothing")
+    parser.add_argument("--only", default="", help="arms to run, separated by commas; default: all")
+    parser.add_argument("--seeds", help="seeds to run, as 0:5 or 0,2,4; default: the study's")
 
 
-def _keep_compiled() -> None:
-    """What one run has compiled, neither the next one nor the same command again need compile.
+def main(arguments: argparse.Namespace) -> None:
+    """Run a study.
 
-    It is kept in the user's cache, unless JAX_COMPILATION_CACHE_DIR says where.
+    Raises:
+      ValueError: some run cannot run as configured; none was started.
     """
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "alexnet_jax"))
+    study = arguments.config
+    workdir = arguments.workdir or Path("runs", arguments.config_name)
+    if arguments.seeds is not None:
+        study.seeds = runner.parse_seeds(arguments.seeds)
+    only = arguments.only.split(",") if arguments.only else []
+    parallel.initialize(study.model.towers)
+    if arguments.dry_run:
+        runner.print_plan(study, workdir, only)
+    elif failed := runner.run_study(study, workdir, only):
+        names = "; ".join(run.name for run in failed)
+        sys.exit(f"alexnet-jax run: {len(failed)} run(s) failed: {names}; re-run the command to try them again")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=config.parse_flags)
+    run_verb("run", sys.argv[1:])

@@ -1,69 +1,106 @@
-"""What a run says while it goes: metrics.jsonl, TensorBoard, a progress bar, plain lines in train.log."""
+"""What a run reports while it trains: metrics.jsonl, TensorBoard, a progress bar, train.log; and its timing."""
 
+import contextlib
+import dataclasses
 import json
-import logging
 import math
+import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from etils import epy
+from ml_collections import ConfigDict
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
-from alexnet_jax import records
+from alexnet_jax.data.loader import Batch
+from alexnet_jax.optim import Plateau
+from alexnet_jax.run_dir import RunDir, complete_lines, write_text
 
-# What TensorBoard's custom scalars tab shows of all runs together.
+with epy.lazy_imports():  # it imports PyTorch where that is installed, which takes seconds
+    import tensorboardX
+
+TOLERABLE_WAIT = 0.1  # fraction of the training time
+COMPILING_STEPS = 2  # first steps of a run, which a profile leaves out
+
+# Charts of all runs together, in TensorBoard's custom scalars tab.
 LAYOUT = {
     "errors": {
         "held-out images, top-1": ["Multiline", ["^eval/top1_error$"]],
         "held-out images, top-5": ["Multiline", ["^eval/top5_error$"]],
-        "training images, seen as held-out ones are": ["Multiline", ["^train_eval/top1_error$"]],
+        "training images, evaluated as held-out ones": ["Multiline", ["^train_eval/top1_error$"]],
         "training batches": ["Multiline", ["^train/top1_error$"]],
     },
     "losses": {
         "held-out images": ["Multiline", ["^eval/loss$"]],
         "training batches": ["Multiline", ["^train/loss$"]],
     },
-    "speed": {"images a second": ["Multiline", ["^images_per_second$"]]},
+    "speed": {"images per second": ["Multiline", ["^images_per_second$"]]},
 }
 
 
-def quiet_libraries() -> None:
-    """Has libraries say errors only: JAX, Orbax and TFDS would drown a command's own lines."""
-    logging.getLogger().setLevel(logging.ERROR)
-
-
 def write_layout(study: Path) -> None:
-    """Has TensorBoard arrange the charts of a study's runs; does nothing where that was done."""
+    """Write the layout of TensorBoard's charts into a study's folder, once."""
     if not list(study.glob("events.out.tfevents.*")):
-        with _tensorboard().SummaryWriter(str(study)) as writer:
+        with tensorboardX.SummaryWriter(str(study)) as writer:
             writer.add_custom_scalars(LAYOUT)
 
 
-class Logs:
-    """The records of one run; a context manager."""
+@dataclasses.dataclass
+class Progress:
+    """What a run needs to resume, besides its state.
 
-    def __init__(self, workdir: Path, *, start: int, stop: int):
+    Attributes:
+      step: finished steps.
+      metrics: the last value of each metric.
+      plateau: whether the validation error still falls.
+      images: images trained on during `training_seconds`.
+      training_seconds: time without compilation, evaluation and checkpoints.
+      waiting_seconds: the part of it in which no batch was ready.
+      seconds: time in all.
+    """
+
+    step: int = 0
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    plateau: Plateau = dataclasses.field(default_factory=Plateau)
+    images: int = 0
+    training_seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Return the progress that `dataclasses.asdict` made a dictionary of."""
+        return cls(**values | {"plateau": Plateau(**values["plateau"])})
+
+
+class MetricWriter:
+    """The records of one run under the same names everywhere; a context manager."""
+
+    def __init__(self, run: RunDir, *, start: int, stop: int):
         """
         Args:
-          workdir: the run's folder, whose name and whose parent's name the run goes by on the terminal.
-          start: steps that are done already; what was recorded of later ones is forgotten, as they are done again.
+          run: the run's folder.
+          start: finished steps; records of later steps are dropped, because these are done again.
           stop: steps of the whole run.
         """
         self._stop = stop
-        self._first: tuple[int, float] | None = None  # the first step that was done, and when: before it, XLA compiles
-        metrics = workdir / "metrics.jsonl"
-        kept = [line for line in records.complete_lines(metrics) if json.loads(line)["step"] <= start]
-        records.write_text(metrics, "".join(kept))
-        self._metrics = metrics.open("a", buffering=1)
-        self._log = (workdir / "train.log").open("a", buffering=1)
-        self._tensorboard = _tensorboard().SummaryWriter(
-            str(workdir), purge_step=start + 1, filename_suffix=f".from_step_{start}"
+        self._first: tuple[int, float] | None = None  # first step and its time: before it, XLA compiles
+        kept = [line for line in complete_lines(run.metrics_file) if json.loads(line)["step"] <= start]
+        write_text(run.metrics_file, "".join(kept))
+        self._metrics = run.metrics_file.open("a", buffering=1)
+        self._log = run.log_file.open("a", buffering=1)
+        self._tensorboard = tensorboardX.SummaryWriter(
+            str(run.path), purge_step=start + 1, filename_suffix=f".from_step_{start}"
         )
-        self._name = "/".join(workdir.absolute().parts[-2:])
-        self._bar = Progress(
+        self._name = run.name
+        self._bar = ProgressBar(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -81,34 +118,30 @@ class Logs:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None:
-            self.say(f"stopped: {error!r}")
+            self.log(f"stopped: {error!r}")
         self._bar.stop()
         self._tensorboard.close()
         self._metrics.close()
         self._log.close()
 
-    def say(self, text: str) -> None:
-        """One line to train.log, and to standard output where that is no terminal, so shows no bar."""
+    def log(self, text: str) -> None:
+        """Write a line to train.log, and to standard output unless that is a terminal with a progress bar."""
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self._bar.disable:
             print(f"{self._name}: {text}", flush=True)
 
     def progress(self, step: int) -> None:
-        """Moves the bar; call it after every step."""
+        """Move the progress bar; call it after every step."""
         self._first = self._first or (step, time.monotonic())
         self._bar.update(self._task, completed=step)
 
     def write(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Records metrics under the same names everywhere, and returns them.
-
-        Args:
-          step: how many steps are done.
-        """
+        """Record metrics after a number of finished steps, and return them."""
         self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.say(f"step {step}/{self._stop}  {values}{self._time_left(step)}")
+        self.log(f"step {step}/{self._stop}  {values}{self._time_left(step)}")
         if "train/loss" in metrics:
             speed = metrics.get("images_per_second", math.nan)
             self._bar.update(self._task, loss=f"loss {metrics['train/loss']:.3f}", speed=f"{speed:.0f} images/s")
@@ -120,20 +153,107 @@ class Logs:
         seconds_per_step = (time.monotonic() - self._first[1]) / (step - self._first[0])
         return f"  {(self._stop - step) * seconds_per_step:.0f} s left"
 
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """A picture for TensorBoard: (height, width, 3) of floats from 0 to 1."""
-        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Record an image for TensorBoard: (height, width, 3) of floats from 0 to 1."""
+        self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def hparams(self, values: dict[str, Any], metrics: dict[str, float]) -> None:
-        """The run's row in TensorBoard's hparams tab, with its final metrics."""
+        """Record the run's row in TensorBoard's hparams tab: its labels and final metrics."""
         flat = {name: v if isinstance(v, int | float | str) else str(v) for name, v in values.items()}
-        # The summaries go into the run's own file: SummaryWriter.add_hparams would open a second run for them.
-        for summary in _tensorboard().summary.hparams(flat, metrics):
+        # SummaryWriter.add_hparams would open a second run for them.
+        for summary in tensorboardX.summary.hparams(flat, metrics):
             self._tensorboard.file_writer.add_summary(summary)
 
 
-def _tensorboard() -> Any:
-    """tensorboardX, which imports PyTorch where that is installed: a second that only training is to take."""
-    import tensorboardX.summary
+def profiled(batches: Iterator[Batch], steps: int, folder: Path) -> Iterator[Batch]:
+    """Yield the same batches, and record a profile of some steps for TensorBoard and Perfetto.
 
-    return tensorboardX
+    Args:
+      steps: how many steps after the `COMPILING_STEPS`; 0 for none.
+      folder: where `plugins/profile/` is made.
+    """
+    with contextlib.ExitStack() as recording:
+        for number, batch in enumerate(batches):
+            if number == COMPILING_STEPS and steps:
+                recording.enter_context(jax.profiler.trace(folder, create_perfetto_trace=True))
+            if number == COMPILING_STEPS + steps:
+                recording.close()
+            yield batch
+
+
+class Timer:
+    """The timing of a run, kept in its `Progress`."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._before = progress.seconds
+        self._start = time.monotonic()
+        self._mark: float | None = None  # up to when training time is booked; None until the step is compiled
+        self._lap = (progress.images, progress.training_seconds, progress.waiting_seconds)
+        self._warned = False
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the same batches, and count the time until each is ready as waiting time.
+
+        On an asynchronous device this is the host's waiting, during which the device may still be busy.
+        """
+        while True:
+            start = time.monotonic()
+            with jax.profiler.TraceAnnotation("wait for images"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if self._mark is not None:
+                self._progress.waiting_seconds += time.monotonic() - start
+            yield batch
+
+    def count(self, images: int, state: Any) -> None:
+        """Count a step that is finished or, on an asynchronous device, dispatched."""
+        if self._mark is None:
+            jax.block_until_ready(state)
+            self._mark = time.monotonic()
+        else:
+            self._progress.images += images
+
+    @contextlib.contextmanager
+    def paused(self, state: Any) -> Iterator[None]:
+        """Exclude a block from the training time, after waiting for the steps that were dispatched."""
+        jax.block_until_ready(state)
+        now = time.monotonic()
+        self._progress.seconds = self._before + now - self._start
+        if self._mark is not None:
+            self._progress.training_seconds += now - self._mark
+        yield
+        self._mark = time.monotonic()
+
+    def lap(self) -> dict[str, float]:
+        """Return speed and waiting fraction since the last lap, or nothing if only compiling steps were done."""
+        now = (self._progress.images, self._progress.training_seconds, self._progress.waiting_seconds)
+        images, seconds, waited = (new - old for new, old in zip(now, self._lap, strict=True))
+        self._lap = now
+        return {"images_per_second": images / seconds, "data/wait_fraction": waited / seconds} if images else {}
+
+    def totals(self) -> dict[str, float]:
+        """Return speed, waiting fraction and seconds of the whole run."""
+        training_seconds = max(self._progress.training_seconds, 1e-9)
+        return {
+            "data/wait_fraction": self._progress.waiting_seconds / training_seconds,
+            "images_per_second": self._progress.images / training_seconds,
+            "seconds": self._progress.seconds,
+        }
+
+    def warning(self, config: ConfigDict) -> str | None:
+        """Return what to change, the first time that the run has waited too long for images.
+
+        Args:
+          config: the `data` section of a config.
+        """
+        fraction = self.totals()["data/wait_fraction"]
+        if self._warned or fraction <= TOLERABLE_WAIT:
+            return None
+        self._warned = True
+        return (
+            f"waits for images {fraction:.0%} of the time: raise --config.data.threads, now {config.threads}, up to "
+            f"the {os.cpu_count()} cores; if images are not stored at their final size, prepare them: "
+            f"alexnet-jax prepare {config.name} --size={config.image_size}"
+        )

@@ -1,8 +1,7 @@
 """AlexNet, written once: what one tower computes under the named axis ``"tower"``.
 
-The towers are one function mapped over that axis, by whichever executor (``towers.py``), and see each other
-only where a layer crosses: there the channels of all towers are gathered. The layers, in order, are data
-(``configs/base.py``): a new AlexNet is a config, not a class.
+An executor (``parallel.py``) maps this function over the towers. They communicate only where a layer sees all of them:
+there the channels of all towers are gathered. The layers are data (``configs/base.py``): a new AlexNet is a config.
 """
 
 import zlib
@@ -14,17 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 from jax import lax
 from ml_collections import ConfigDict
 
 from alexnet_jax import layers
-from alexnet_jax.towers import TOWER, drawn, row_numbers
+from alexnet_jax.parallel import DATA, TOWER, global_positions, per_example
 
-DTYPES = ("float32", "bfloat16")
-ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
-OPERATIONS = ("activation", "lrn", "spatial_lrn", "max_pool", "avg_pool", "dropout")
-# What initial values are drawn from; both have mean 0 and standard deviation 1.
-DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
+# Samplers of initial values, with mean 0 and standard deviation 1.
+_SAMPLERS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
     "normal": lambda generator, shape: generator.standard_normal(shape, np.float32),
     "uniform": lambda generator, shape: 3**0.5 * (2 * generator.random(shape, np.float32) - 1),
 }
@@ -35,7 +32,7 @@ class AlexNet(nn.Module):
 
     Attributes:
       config: the ``model`` section of a config.
-      classes: number of classes, the features of the layer that names none of its own.
+      classes: number of classes, the features of the layer whose ``features`` is None.
     """
 
     config: ConfigDict
@@ -43,18 +40,18 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Images (batch, height, width, channels), the same on every tower, to logits (batch, classes), the same too.
+        """Compute logits (batch, classes), on every tower, from images (batch, height, width, channels).
 
-        Needs the axis ``"tower"``; in training also ``"data"``, over which batches are divided, and an rng named
+        Needs the axis ``"tower"``; in training also ``"data"``, over which the batch is sharded, and an rng named
         "dropout", which should differ between towers.
 
         Raises:
-          ValueError: a kernel or a pooling window does not fit the map it meets.
+          ValueError: a kernel or a pooling window does not fit its feature map.
         """
         x = images
         for name in self.config.order:
             layer = self.config.layers[name]
-            if layer.crosses:
+            if layer.sees == "all":
                 x = self._gather(name, x)
             x = self._weights(name, x)
             for operation in layer.then:
@@ -62,131 +59,160 @@ class AlexNet(nn.Module):
         return self._gather("logits", x.astype(jnp.float32))[:, : self.classes]
 
     def _gather(self, name: str, x: jax.Array) -> jax.Array:
-        """The channels (last axis) of all towers, side by side, on every tower: what the named layer sees."""
-        self.sow("intermediates", f"{name}_exchanged", x)
-        gathered = jnp.moveaxis(lax.all_gather(x, TOWER), 0, -2)  # tiled=True would turn the maps over, on both sides
+        """Concatenate the channels (last axis) of all towers, for the named layer."""
+        self.sow("intermediates", f"{name}_sent", x)
+        gathered = jnp.moveaxis(lax.all_gather(x, TOWER), 0, -2)  # tiled=True would transpose x before and after
         return gathered.reshape(*x.shape[:-1], -1)
 
     def _weights(self, name: str, x: jax.Array) -> jax.Array:
-        """The convolution or dense layer itself: this tower's share of its features."""
+        """Apply the convolution or dense layer: this tower's part of its features."""
         layer = self.config.layers[name]
         features = self.classes if layer.features is None else layer.features
-        share = -(-features // lax.axis_size(TOWER))  # rounded up: the head is padded, and cut after the gather
-        how: dict[str, Any] = {
-            "dtype": self.config.dtype,  # computed in; parameters are float32
-            "kernel_init": nn.initializers.zeros,  # `init` fills them
+        features = -(-features // lax.axis_size(TOWER))  # rounded up: the logits are cut to the classes
+        options: dict[str, Any] = {
+            "name": name,
+            "dtype": self.config.dtype,  # of the computation; parameters are float32
+            "kernel_init": nn.initializers.zeros,  # `init` samples the values
             "bias_init": nn.initializers.zeros,
         }
         if layer.kind == "dense":
-            dense = nn.Dense(share, name=name, **how)
+            dense = nn.Dense(features, **options)
             return dense(x.reshape(x.shape[0], -1))
         size, (before, after) = x.shape[1], layer.padding
         if size + before + after < layer.kernel:
             raise ValueError(
-                f"{name}: a kernel of {layer.kernel}x{layer.kernel} does not fit a map of {size}x{size} padded by "
-                f"{before}+{after}: use larger images (data.crop), smaller strides or fewer poolings"
+                f"{name}: a kernel of {layer.kernel}x{layer.kernel} does not fit a feature map of {size}x{size} padded "
+                f"by {before}+{after}: use larger images (data.crop), smaller strides or fewer poolings"
             )
         kinds: dict[str, Any] = {"conv": partial(nn.Conv, conv_general_dilated=layers.conv), "local": nn.ConvLocal}
-        conv = kinds[layer.kind](
-            share,
-            (layer.kernel, layer.kernel),
-            strides=layer.stride,
-            padding=((before, after), (before, after)),
-            name=name,
-            **how,
-        )
+        kernel, padding = (layer.kernel, layer.kernel), ((before, after), (before, after))
+        conv = kinds[layer.kind](features, kernel, strides=layer.stride, padding=padding, **options)
         return conv(x)
 
     def _operation(self, name: str, operation: str, x: jax.Array, train: bool) -> jax.Array:
-        """One of the operations that follow a layer's weights; an operation that is switched off is the identity."""
+        """Apply one of the operations that follow the named layer's weights."""
         config = self.config
         match operation:
             case "activation":
-                return ACTIVATIONS[config.activation](x)
-            case "lrn" if config.lrn.enabled:
-                return self._lrn(name, x)
-            case "spatial_lrn" if config.lrn.enabled:
-                spatial = config.lrn.spatial
-                return layers.spatial_lrn(x, window=spatial.window, k=spatial.k, alpha=spatial.alpha, beta=spatial.beta)
-            case "lrn" | "spatial_lrn":
+                return getattr(nn, config.activation)(x)
+            case "lrn" | "spatial_lrn" if not config.lrn.enabled:
                 return x
+            case "lrn":
+                return self._lrn(name, x)
+            case "spatial_lrn":
+                return layers.spatial_lrn(x, **config.lrn.spatial)
+            case "batch_norm":
+                normalise = nn.BatchNorm(
+                    use_running_average=not train,
+                    axis_name=DATA if train else None,
+                    dtype=config.dtype,
+                    name=f"{name}_batch_norm",
+                    **config.batch_norm,
+                )
+                return normalise(x)
             case "max_pool" | "avg_pool":
-                pool = {"max_pool": layers.max_pool, "avg_pool": layers.avg_pool}[operation]
-                return pool(x, window=config.pool.window, stride=config.pool.stride, ceil=config.pool.ceil)
+                return getattr(layers, operation)(x, **config.pool)
             case "dropout":
                 return self._dropout(x, train)
-            case _:
-                raise ValueError(f"no such operation: {operation!r}")
+        raise ValueError(f"model.layers.{name}.then={operation}: must be one of config.OPERATIONS")
 
     def _dropout(self, x: jax.Array, train: bool) -> jax.Array:
-        """The paper's form (section 4.2): masked in training, times the kept share in testing; or else inverted."""
+        """Drop outputs in training, and scale them by the kept fraction in testing (paper, section 4.2).
+
+        Inverted dropout scales by its reciprocal in training instead.
+        """
         kept, inverted = 1 - self.config.dropout.rate, self.config.dropout.inverted
         if kept == 1:
             return x
         if not train:
             return x if inverted else kept * x
-        mask = drawn(
-            lambda key: jax.random.bernoulli(key, kept, x.shape[1:]), self.make_rng("dropout"), row_numbers(len(x))
-        )
+        key, positions = self.make_rng("dropout"), global_positions(len(x))
+        mask = per_example(lambda key: jax.random.bernoulli(key, kept, x.shape[1:]), key, positions)
         return jnp.where(mask, x / kept if inverted else x, 0)
 
     def _lrn(self, name: str, x: jax.Array) -> jax.Array:
-        """Normalised over neighbouring channels: this tower's, or, where it crosses, also those beyond its border."""
+        """Normalise over neighbouring channels: of this tower, or, with ``lrn.sees="all"``, across its borders."""
         lrn = self.config.lrn
         normalise = partial(layers.lrn, n=lrn.n, k=lrn.k, alpha=lrn.alpha, beta=lrn.beta)
-        if not lrn.crosses:
+        if lrn.sees == "own":
             return normalise(x)
         towers, channels, before, after = lax.axis_size(TOWER), x.shape[-1], lrn.n // 2, (lrn.n - 1) // 2
         last, first = x[..., channels - before :], x[..., :after]
-        self.sow("intermediates", f"{name}_lrn_exchanged", last)
-        right, left = ([(i, (i + step) % towers) for i in range(towers)] for step in (1, -1))
-        # The outermost towers have nothing beyond them: what comes round the ring counts as zeros there.
-        before_it = lax.ppermute(last, TOWER, right) * (lax.axis_index(TOWER) > 0)
-        after_it = lax.ppermute(first, TOWER, left) * (lax.axis_index(TOWER) < towers - 1)
-        return normalise(jnp.concatenate([before_it, x, after_it], axis=-1))[..., before : before + channels]
+        self.sow("intermediates", f"{name}_lrn_sent", last)
+        to_right, to_left = ([(i, (i + step) % towers) for i in range(towers)] for step in (1, -1))
+        # The towers form a ring: beyond the first and the last one are zeros.
+        left = lax.ppermute(last, TOWER, to_right) * (lax.axis_index(TOWER) > 0)
+        right = lax.ppermute(first, TOWER, to_left) * (lax.axis_index(TOWER) < towers - 1)
+        return normalise(jnp.concatenate([left, x, right], axis=-1))[..., before : before + channels]
 
 
-def shapes(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> dict:
-    """Parameters as ``jax.ShapeDtypeStruct``, each with a leading axis of ``config.towers``.
+def shapes(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Return the variables as ``jax.ShapeDtypeStruct``, each with a leading axis of ``config.towers``.
 
     Args:
-      image_shape: (height, width, channels) of what the net sees, that is after cropping.
+      config: the ``model`` section.
+      classes: number of classes.
+      image_shape: (height, width, channels) of the network's input, that is after cropping.
+
+    Returns:
+      ``{"params": ...}``, and ``"batch_stats"`` if a layer has batch normalisation.
 
     Raises:
-      ValueError: a kernel or a pooling window does not fit the map it meets.
+      ValueError: a kernel or a pooling window does not fit its feature map.
     """
+    return jax.eval_shape(_flax_init(config, classes, image_shape), jax.ShapeDtypeStruct((), jnp.uint32))
+
+
+def init(config: ConfigDict, classes: int, image_shape: tuple[int, int, int], seed: int) -> dict[str, Any]:
+    """Return initial variables, NumPy arrays, each with a leading axis of ``config.towers`` (paper, section 5).
+
+    Kernels and biases of layers depend on the seed, the tower, the layer's name and the shape only: networks that
+    share a layer start from the same weights there, on any device, without compiling anything. All other variables
+    have their module's own initial values. Arguments and errors are those of ``shapes``.
+    """
+    variables = traverse_util.flatten_dict(shapes(config, classes, image_shape))
+    for name in config.order:
+        paths = [("params", name, part) for part in ("kernel", "bias")]
+        towers = [
+            _sample(config, name, (seed, tower), *(variables[path].shape[1:] for path in paths))
+            for tower in range(config.towers)
+        ]
+        for path, values in zip(paths, zip(*towers, strict=True), strict=True):
+            variables[path] = np.stack(values)
+    if missing := {path for path, value in variables.items() if not isinstance(value, np.ndarray)}:
+
+        @jax.jit
+        def init_missing(seed: jax.Array) -> dict[tuple[str, ...], jax.Array]:
+            values = traverse_util.flatten_dict(_flax_init(config, classes, image_shape)(seed))
+            return {path: values[path] for path in missing}
+
+        variables |= jax.device_get(init_missing(np.uint32(seed)))
+    return traverse_util.unflatten_dict(variables)
+
+
+def count_parameters(params: dict[str, Any]) -> int:
+    """Return the number of parameters of all towers together."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _flax_init(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> Callable[[jax.Array], Any]:
+    """Return a function from a seed to the variables of all towers, with the values of their modules' initialisers."""
     model = AlexNet(config, classes)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
-    def of_tower(_: jax.Array) -> dict:
-        return model.lazy_init(jax.random.key(0), images, train=False)["params"]
+    def init_towers(seed: jax.Array) -> Any:
+        keys = jax.random.split(jax.random.key(seed), config.towers)
+        return jax.vmap(lambda key: model.lazy_init(key, images, train=False), axis_name=TOWER)(keys)
 
-    return jax.eval_shape(jax.vmap(of_tower, axis_name=TOWER), jnp.arange(config.towers))
-
-
-def init(config: ConfigDict, classes: int, image_shape: tuple[int, int, int], seed: int) -> dict:
-    """Initial parameters, NumPy arrays, each with a leading axis of ``config.towers`` (paper, section 5).
-
-    A parameter's values depend on the seed, its tower, its layer's name and its shape only: nets that share a
-    layer start from the same weights there, on any device. Nothing has to be compiled for it.
-
-    Arguments and errors are those of ``shapes``.
-    """
-    draw = DISTRIBUTIONS[config.init]
-
-    def layer_of_tower(name: str, layer: ConfigDict, tower: int, shape: dict) -> dict[str, np.ndarray]:
-        generator = np.random.default_rng((seed, tower, zlib.crc32(name.encode())))
-        kernel = layer.weight_std * draw(generator, shape["kernel"].shape[1:])
-        bias = layer.bias + layer.bias_std * draw(generator, shape["bias"].shape[1:])
-        return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
-
-    params = {}
-    for name, shape in shapes(config, classes, image_shape).items():
-        towers = [layer_of_tower(name, config.layers[name], tower, shape) for tower in range(config.towers)]
-        params[name] = jax.tree.map(lambda *each: np.stack(each), *towers)
-    return params
+    return init_towers
 
 
-def count_parameters(params: dict) -> int:
-    """Number of parameters of all towers together."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+def _sample(
+    config: ConfigDict, name: str, seed: tuple[int, int], kernel: tuple[int, ...], bias: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a layer's initial kernel and bias in one tower, from (seed, tower) and their shapes."""
+    layer, sampler = config.layers[name], _SAMPLERS[config.init]
+    generator = np.random.default_rng((*seed, zlib.crc32(name.encode())))
+    weights = layer.weight_std * sampler(generator, kernel)
+    biases = layer.bias + layer.bias_std * sampler(generator, bias)
+    return weights.astype(np.float32), biases.astype(np.float32)

@@ -1,10 +1,8 @@
-"""The paper's update rule and its schedules.
-
-Rates and decay are those of one parameter: of a layer, and there of its weights (``kernel``) or its biases.
-"""
+"""The paper's update rule and others as optax chains, learning rate schedules, and decay on plateau."""
 
 import dataclasses
-from typing import Any, Self
+import math
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,115 +12,186 @@ from ml_collections import ConfigDict
 KERNEL, BIAS = "kernel", "bias"
 
 
-def reached(epoch: float, step: jax.typing.ArrayLike, steps_per_epoch: float) -> jax.Array:
-    """Whether a step, counted from 0, is the first of an epoch or a later one."""
-    return jnp.asarray(step) >= round(epoch * steps_per_epoch)
+class _Rule(NamedTuple):
+    """How a parameter is updated, where parameters can differ.
 
-
-def learning_rate(
-    config: ConfigDict, step: jax.typing.ArrayLike, steps_per_epoch: float, stalls: jax.typing.ArrayLike = 0
-) -> jax.Array:
-    """The rate at a step, counted from 0, of a parameter that nothing special is said of.
-
-    Args:
-      config: the ``optim`` section: ``learning_rate`` is divided by ``cut_divisor`` at each of ``cut_epochs``.
-      stalls: how often the error has stalled (``Stall.cuts``): it is divided by ``cut_divisor`` that often, too.
+    Attributes:
+      multiplier: of ``optim.learning_rate``.
+      weight_decay: times the parameter.
+      decay_epochs: when the learning rate decays.
+      decay_factor: what it is multiplied by then.
+      freeze_epoch: from when on it is 0; None: never.
     """
-    cuts = _cuts(config.cut_epochs, config.cut_divisor, step, steps_per_epoch)
-    return _stalled(config, stalls) * cuts
+
+    multiplier: float
+    weight_decay: float
+    decay_epochs: tuple[float, ...]
+    decay_factor: float
+    freeze_epoch: float | None = None
 
 
-def learning_rates(
-    config: ConfigDict,
-    layers: ConfigDict,
-    step: jax.typing.ArrayLike,
-    steps_per_epoch: float,
-    stalls: jax.typing.ArrayLike = 0,
-) -> dict[str, dict[str, jax.Array]]:
-    """The rate of every parameter at a step, counted from 0: by layer, then ``"kernel"`` and ``"bias"``.
+def make_optimizer(
+    config: ConfigDict, layers: ConfigDict, steps_per_epoch: float, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer of ``optim.name``.
+
+    "paper" is ``v <- momentum * v - lr * (g + decay * w);  w <- w + v`` (paper, section 5): the learning rate is inside
+    the velocity, so after a decay step the old velocity fades over some steps, as does that of a frozen layer. "sgd"
+    and "adamw" multiply the whole update by the current learning rate, as PyTorch does.
 
     Args:
       config: the ``optim`` section.
-      layers: ``model.layers``, which may cut earlier or later than the others, and freeze.
-      stalls: as for ``learning_rate``; it divides all rates.
+      layers: ``model.layers``; a layer may have its own weight decay, decay epochs and freeze epoch. What is not the
+        kernel of a layer follows ``optim.biases``.
+      steps_per_epoch: need not be an integer.
+      steps: of the whole run, at which the cosine schedule is 0.
+
+    Returns:
+      A transformation whose ``update(gradients, state, params, plateau_decays=0)`` counts its steps. Its state is a
+      pytree of arrays.
     """
-
-    def cuts(epochs: tuple[float, ...], divisor: float) -> jax.Array:
-        return _cuts(epochs, divisor, step, steps_per_epoch)
-
-    biases = config.biases
-    base = _stalled(config, stalls)
-    bias_cuts = cuts(_own(biases.cut_epochs, config.cut_epochs), _own(biases.cut_divisor, config.cut_divisor))
-    rates = {}
+    labels = {_rule(config): KERNEL}
+    other = labels.setdefault(_bias_rule(config), BIAS)
+    label_of: dict[tuple[str, str], str] = {}
     for name, layer in layers.items():
-        learns = 1.0 if layer.freeze_epoch is None else ~reached(layer.freeze_epoch, step, steps_per_epoch)
-        kernel_cuts = cuts(_own(layer.cut_epochs, config.cut_epochs), config.cut_divisor)
-        rates[name] = {KERNEL: base * kernel_cuts * learns, BIAS: base * biases.rate * bias_cuts * learns}
-    return rates
+        for part, rule in ((KERNEL, _rule(config, layer)), (BIAS, _bias_rule(config, layer))):
+            label_of[name, part] = labels.setdefault(rule, f"{name}_{part}")
+    chains = {label: _chain(config, rule, steps_per_epoch, steps) for rule, label in labels.items()}
+    if len(chains) == 1:
+        return chains[other]
+
+    def label_parameters(params: Any) -> Any:
+        def label(path: tuple[Any, ...], _: Any) -> str:
+            layer, part = path[0].key, path[-1].key
+            return label_of.get((layer, part if part == KERNEL else BIAS), other)
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    return optax.partition(chains, label_parameters)
 
 
-def weight_decays(config: ConfigDict, layers: ConfigDict) -> dict[str, dict[str, float]]:
-    """The decay of every parameter; arguments and keys as for ``learning_rates``."""
-    decays = {name: _own(layer.weight_decay, config.weight_decay) for name, layer in layers.items()}
-    return {name: {KERNEL: decay, BIAS: decay * config.biases.decay} for name, decay in decays.items()}
+def learning_rate(
+    config: ConfigDict,
+    steps_per_epoch: float,
+    steps: int,
+    step: jax.typing.ArrayLike,
+    plateau_decays: jax.typing.ArrayLike = 0,
+) -> jax.Array:
+    """Return the base learning rate at a step, counted from 0.
 
-
-def sgd(config: ConfigDict, layers: ConfigDict) -> optax.GradientTransformationExtraArgs:
-    """``v <- momentum * v - decay * rate * w - rate * g;  w <- w + v`` (paper, section 5).
-
-    The rate is inside the velocity, so after a cut the old velocity fades over some steps; ``optax.sgd`` and
-    PyTorch scale the whole velocity by the current rate instead. A frozen layer's velocity fades, too. ``update``
-    takes the ``rates`` of that step (``learning_rates``).
+    Args:
+      config: the ``optim`` section.
+      steps_per_epoch: need not be an integer.
+      steps: of the whole run.
+      step: counted from 0.
+      plateau_decays: ``Plateau.decays``.
     """
-    all_decays = weight_decays(config, layers)
-    velocity = optax.trace(decay=config.momentum)
-
-    def update(gradients: Any, state: optax.OptState, params: Any, *, rates: Any) -> tuple[Any, optax.OptState]:
-        def force(gradient: jax.Array, param: jax.Array, rate: jax.Array, decay: float) -> jax.Array:
-            return -rate * (gradient + decay * param)
-
-        rates, decays = ({name: tree[name] for name in params} for tree in (rates, all_decays))
-        return velocity.update(jax.tree.map(force, gradients, params, rates, decays), state, params)
-
-    return optax.GradientTransformationExtraArgs(velocity.init, update)
+    schedule = _schedule(config, _rule(config), steps_per_epoch, steps)
+    return schedule(jnp.asarray(step)) * _plateau_factor(config, plateau_decays)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stall:
-    """When to cut the rates because the held-out error does not fall any more (paper, section 5).
+class Plateau:
+    """When to decay the learning rate because the validation error has stopped falling (paper, section 5).
 
     Attributes:
       best: the lowest error so far; None before the first evaluation.
-      evaluations: how many there have been since.
-      cuts: how often the rates were cut.
+      evaluations: since the lowest error or the last decay.
+      decays: of the learning rate so far.
     """
 
     best: float | None = None
     evaluations: int = 0
-    cuts: int = 0
+    decays: int = 0
 
     def after(self, error: float, config: ConfigDict) -> Self:
-        """The state after one more evaluation.
+        """Return the state after one more evaluation.
 
         Args:
-          config: ``optim.stall``: cuts after so many evaluations without a lower error, and no more than so often.
+          error: of the validation set.
+          config: ``optim.plateau``: decays after ``patience`` evaluations (0: never) without a lower error, at most
+            ``max_decays`` times.
         """
         if self.best is None or error < self.best:
             return dataclasses.replace(self, best=error, evaluations=0)
-        if 0 < config.evaluations <= self.evaluations + 1 and self.cuts < config.cuts:
-            return dataclasses.replace(self, evaluations=0, cuts=self.cuts + 1)
+        if 0 < config.patience <= self.evaluations + 1 and self.decays < config.max_decays:
+            return dataclasses.replace(self, evaluations=0, decays=self.decays + 1)
         return dataclasses.replace(self, evaluations=self.evaluations + 1)
 
 
-def _stalled(config: ConfigDict, stalls: jax.typing.ArrayLike) -> jax.Array:
-    return config.learning_rate * jnp.float32(config.cut_divisor) ** -jnp.asarray(stalls)
+def _rule(config: ConfigDict, layer: ConfigDict | None = None) -> _Rule:
+    """Return the rule of a layer's kernel, or without a layer the base rule."""
+    if layer is None:
+        return _Rule(1.0, config.weight_decay, tuple(config.decay_epochs), config.decay_factor)
+    weight_decay, decay_epochs = (
+        config[field] if layer[field] is None else layer[field] for field in ("weight_decay", "decay_epochs")
+    )
+    return _Rule(1.0, weight_decay, tuple(decay_epochs), config.decay_factor, layer.freeze_epoch)
 
 
-def _cuts(epochs: tuple[float, ...], divisor: float, step: jax.typing.ArrayLike, steps_per_epoch: float) -> jax.Array:
-    """What a rate is multiplied by after the cuts up to this step."""
-    count = sum((reached(epoch, step, steps_per_epoch).astype(jnp.int32) for epoch in epochs), start=jnp.int32(0))
-    return jnp.float32(divisor) ** -count
+def _bias_rule(config: ConfigDict, layer: ConfigDict | None = None) -> _Rule:
+    """Return the rule of a layer's biases, or without a layer that of parameters outside the layers."""
+    rule, biases = _rule(config, layer), config.biases
+    return rule._replace(
+        multiplier=biases.learning_rate,
+        weight_decay=rule.weight_decay * biases.weight_decay,
+        decay_epochs=tuple(config.decay_epochs if biases.decay_epochs is None else biases.decay_epochs),
+        decay_factor=config.decay_factor if biases.decay_factor is None else biases.decay_factor,
+    )
 
 
-def _own(value: Any, otherwise: Any) -> Any:
-    return otherwise if value is None else value
+def _chain(
+    config: ConfigDict, rule: _Rule, steps_per_epoch: float, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    weight_decay = optax.add_decayed_weights(rule.weight_decay)
+    momentum = optax.trace(config.momentum)
+    scale = _scale_by_learning_rate(config, _schedule(config, rule, steps_per_epoch, steps))
+    match config.name:
+        case "paper":
+            return optax.chain(weight_decay, scale, momentum)
+        case "sgd":
+            return optax.chain(weight_decay, momentum, scale)
+        case "adamw":
+            return optax.chain(optax.scale_by_adam(*config.betas), weight_decay, scale)
+    raise ValueError(f"optim.name={config.name}: must be one of config.OPTIMIZERS")
+
+
+def _scale_by_learning_rate(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Multiply updates by the negative learning rate, as optax's, but with decay on plateau."""
+
+    def init(_: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: Any, state: optax.ScaleByScheduleState, _: Any = None, *, plateau_decays: jax.typing.ArrayLike = 0
+    ) -> tuple[Any, optax.ScaleByScheduleState]:
+        rate = schedule(state.count) * _plateau_factor(config, plateau_decays)
+        return jax.tree.map(lambda leaf: -rate * leaf, updates), optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _schedule(config: ConfigDict, rule: _Rule, steps_per_epoch: float, steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the step, counted from 0."""
+
+    def first_step(epoch: float) -> int:
+        return round(epoch * steps_per_epoch)
+
+    warmup = first_step(config.warmup_epochs)
+    if config.schedule == "cosine":
+        cosine = optax.cosine_decay_schedule(1.0, max(1, steps - warmup))
+        factors = [lambda step: cosine(jnp.maximum(0, step - warmup))]
+    else:
+        # Two decays may be at the same step.
+        at = [first_step(epoch) for epoch in rule.decay_epochs]
+        factors = [optax.piecewise_constant_schedule(1.0, {step: rule.decay_factor ** at.count(step) for step in at})]
+    if warmup:
+        factors.append(optax.linear_schedule(0.0, 1.0, warmup))
+    if rule.freeze_epoch is not None:
+        factors.append(optax.piecewise_constant_schedule(1.0, {first_step(rule.freeze_epoch): 0.0}))
+    peak = config.learning_rate * rule.multiplier
+    return lambda step: math.prod((factor(step) for factor in factors), start=peak)
+
+
+def _plateau_factor(config: ConfigDict, plateau_decays: jax.typing.ArrayLike) -> jax.Array:
+    return jnp.float32(config.decay_factor) ** jnp.asarray(plateau_decays)

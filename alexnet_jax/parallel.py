@@ -1,20 +1,19 @@
-"""The executors: how the function of one tower becomes the net of all towers. Only this file names devices.
+"""Executors: how the function of one tower becomes the network of all towers. The only file that names devices.
 
-A per-tower function sees its own parameters without the tower axis, its neighbours through collectives over ``TOWER``,
-and the devices that train the same tower on other images through collectives over ``DATA``. Three executors run it:
+A per-tower function sees its own parameters without the tower axis, the other towers through collectives over `TOWER`,
+and the other shards of the batch through collectives over `DATA`. Three executors run it:
 
-- ``vmap``: all towers on one device.
-- ``pmap``: one tower on each device, as the paper had one on each of two GPUs.
-- ``shard_map``: each tower on several devices, which share the batch. So a net of one tower has two devices to do, too.
+- `vmap`: all towers on one device.
+- `pmap`: one tower on each device, as the paper had one on each of two GPUs.
+- `shard_map`: model parallel and data parallel on a mesh: each tower on several devices, which shard the batch.
 """
 
 import contextlib
-import ctypes
 import functools
-import math
 import os
-import signal
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,167 +23,200 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 TOWER, DATA = "tower", "data"
-EXECUTORS = ("auto", "vmap", "pmap", "shard_map")
 
-# XLA for CPUs runs several operations of a device at a time. Where each device has a tower of its own, one after the
-# other takes less memory and no more time; where devices share a batch, more time (``experiments/speed``).
-_CPU_COMPILER_OPTIONS = {"pmap": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+# Compiler options of CPUs, by executor. XLA runs several operations of a device at a time: with a tower on each device
+# running them in turn takes less memory and no more time; where devices shard a batch, more time (experiments/speed).
+CPU_COMPILER_OPTIONS = {"pmap": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+
+_TIMEOUT_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds"
+
+
+def initialize(towers: int) -> None:
+    """Prepare JAX for a command: CPU devices for the towers, and the persistent compilation cache.
+
+    The cache is in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
+    """
+    ensure_host_devices(towers)
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "alexnet_jax"))
 
 
 def ensure_host_devices(towers: int) -> None:
-    """Makes a CPU look like a device for each tower, and two if there is one. Call it before using JAX.
+    """Make a CPU appear as a device per tower, at least two; call it before JAX is used.
 
-    Does nothing where JAX was already used, or where the environment has already said how many devices a CPU is.
+    Do nothing where JAX is in use already or the environment sets the number of CPU devices.
     """
-    said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if said or jax.config.jax_num_cpu_devices > 0:  # type: ignore[attr-defined]
+    xla_flags = os.environ.get("XLA_FLAGS", "")
+    if _TIMEOUT_FLAG not in xla_flags:
+        # XLA aborts the process when one tower waits too long for the other, as on an overloaded CPU.
+        os.environ["XLA_FLAGS"] = f"{xla_flags} {_TIMEOUT_FLAG}=3600".strip()
+    if "xla_force_host_platform_device_count" in xla_flags or jax.config.jax_num_cpu_devices > 0:  # type: ignore[attr-defined]
         return
-    with contextlib.suppress(RuntimeError):  # JAX is in use: `Executor` tells whoever then lacks a device
+    with contextlib.suppress(RuntimeError):  # JAX is in use: `make_executor` reports missing devices
         jax.config.update("jax_num_cpu_devices", max(towers, 2))
 
 
+@dataclass(frozen=True)
 class Executor:
-    """Runs per-tower functions over ``TOWER`` and ``DATA``.
+    """A way to run per-tower functions over the axes `TOWER` and `DATA`; equal executors run equal programs.
 
     Attributes:
       name: "vmap", "pmap" or "shard_map".
-      sharding: where an array with a leading tower axis lives.
+      towers: size of the tower axis.
+      shards: size of the data axis; 1 unless the name is "shard_map".
     """
 
-    def __init__(self, name: str, towers: int):
-        """
+    name: str
+    towers: int
+    shards: int = 1
+
+    @functools.cached_property
+    def devices(self) -> list[jax.Device]:
+        """The devices in use: one, one per tower, or one per tower and shard."""
+        count = 1 if self.name == "vmap" else self.shards * self.towers
+        return jax.local_devices()[:count]
+
+    @functools.cached_property
+    def _mesh(self) -> Mesh:
+        if self.name == "pmap":  # the mesh that pmap itself names: it would compile again for results of another one
+            return Mesh(np.array(self.devices), (TOWER,))
+        return Mesh(np.array(self.devices).reshape(self.shards, -1), (DATA, TOWER))
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """The sharding of arrays with a leading tower axis."""
+        return NamedSharding(self._mesh, PartitionSpec(TOWER))
+
+    def place(self, tree: Any) -> Any:
+        """Put arrays with a leading tower axis where `map` expects them, so that they can be donated."""
+        return jax.device_put(tree, self.sharding)
+
+    def replicate(self, tree: Any) -> Any:
+        """Put arrays on every device, for arguments of `map` with axis None that do not change."""
+        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
+
+    def map(
+        self,
+        function: Callable,
+        *,
+        in_axes: tuple[str | None, ...],
+        out_axes: str | tuple[str | None, ...] | None,
+        donate_argnums: tuple[int, ...] = (),
+    ) -> Callable:
+        """Return the compiled function of all towers and shards.
+
         Args:
-          name: "vmap", "pmap", "shard_map", or "auto": the last of them that has devices enough, and uses several.
+          function: what one tower computes of one shard of the batch.
+          in_axes: for each argument, its leading axis: `TOWER`, which the function does not see; `DATA`, of which it
+            sees its shard, so the length must be a multiple of `shards`; or None, the same everywhere.
+          out_axes: the same of the result, or of each element of a tuple. With `DATA` or None it must be equal on all
+            towers; with `TOWER` or None on all shards.
+          donate_argnums: arguments whose memory the result may reuse.
 
-        Raises:
-          ValueError: pmap or shard_map is asked for and there are fewer devices than towers.
+        Returns:
+          The compiled function. On several CPU devices it waits for its result; without the wait it is `__wrapped__`.
+          JAX refuses to trace it inside another `jit` where it has compiler options (pmap on CPUs).
         """
-        devices = jax.local_devices()
-        shares = len(devices) // towers
-        if name == "auto":
-            name = "shard_map" if shares > 1 else "pmap" if 1 < towers <= len(devices) else "vmap"
-        if name != "vmap" and not shares:
-            kind = devices[0].platform.upper()
-            raise ValueError(
-                f"train.executor={name} puts each of {towers} towers on a device of its own, and found {len(devices)} "
-                f"{kind} device(s). Use --config.train.executor=vmap to run all towers on one device, "
-                f"or, to make a CPU {towers} devices, set JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={towers} "
-                "in the environment (in a notebook: before JAX is first used)."
-            )
-        self.name = name
-        self.towers = towers
-        mesh_shape = {"vmap": (1, 1), "pmap": (1, towers), "shard_map": (shares, towers)}[name]
-        self.devices = devices[: math.prod(mesh_shape)]
-        self._mesh = Mesh(np.array(self.devices).reshape(mesh_shape), (DATA, TOWER))
-        # As pmap itself says it: it would compile a second time for its own results.
-        placed = Mesh(np.array(self.devices), (TOWER,)) if name == "pmap" else self._mesh
-        self.sharding = NamedSharding(placed, PartitionSpec(TOWER))
-        # Host devices share one thread pool. A step dispatched while another is in flight can take the threads on
-        # which the first one's other tower would answer: both wait for ever, and XLA aborts the process.
-        self._waits = len(self.devices) > 1 and devices[0].platform == "cpu"
-        if self._waits:
-            _explain_abort()
-
-    def map(self, function: Callable, *, in_axes: Any, out_axes: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
-        """The compiled function of all towers; axes as for ``jax.vmap``: 0 is the tower axis, None is shared.
-
-        An output with axis None must be the same on every tower, and all outputs on all devices that share the
-        batch. Where calls wait for their result, the function that does not is ``__wrapped__``.
-        It is the outermost: JAX refuses to trace one with compiler options, as CPUs' pmap has, within another ``jit``.
-        """
+        on_cpu = self.devices[0].platform == "cpu"
+        options: dict[str, Any] = {"compiler_options": CPU_COMPILER_OPTIONS.get(self.name) if on_cpu else None}
         if self.name == "shard_map":
-            over_devices = self._over_mesh(function, in_axes, out_axes)
+            mapped, options["in_shardings"] = self._over_mesh(function, in_axes, out_axes)
         else:
-            undivided = jax.vmap(function, axis_name=DATA, axis_size=1, in_axes=None, out_axes=None)
-            over_towers: dict[str, Any] = {"axis_name": TOWER, "in_axes": in_axes, "out_axes": out_axes}
+            one_shard = jax.vmap(function, axis_name=DATA, axis_size=1, in_axes=None, out_axes=None)
+            tower_axes = {TOWER: 0, DATA: None, None: None}
+            over_towers: dict[str, Any] = {
+                "axis_name": TOWER,
+                "in_axes": tuple(tower_axes[axis] for axis in in_axes),
+                "out_axes": _for_each(tower_axes.get, out_axes),
+            }
             if self.name == "pmap":
-                over_devices = jax.pmap(undivided, **over_towers, devices=self.devices)
+                mapped = jax.pmap(one_shard, **over_towers, devices=self.devices)
             else:
-                over_devices = jax.vmap(undivided, **over_towers, axis_size=self.towers)
-        options = _CPU_COMPILER_OPTIONS.get(self.name) if self.devices[0].platform == "cpu" else None
-        mapped = jax.jit(over_devices, donate_argnums=donate_argnums, compiler_options=options)
-        if not self._waits:
-            return mapped
+                mapped = jax.vmap(one_shard, **over_towers, axis_size=self.towers)
+        compiled = jax.jit(mapped, donate_argnums=donate_argnums, **options)
+        if len(self.devices) == 1 or not on_cpu:
+            return compiled
 
-        @functools.wraps(mapped)
-        def call(*args: Any) -> Any:
-            return jax.block_until_ready(mapped(*args))
+        # CPU devices share one thread pool. A step dispatched while another is in flight can take the threads on which
+        # the other tower of the first one would answer: both would wait for ever.
+        @functools.wraps(compiled)
+        def call(*arguments: Any) -> Any:
+            return jax.block_until_ready(compiled(*arguments))
 
         return call
 
-    def _over_mesh(self, function: Callable, in_axes: Any, out_axes: Any) -> Callable:
-        """The function of one tower and one share of the batch on each device of the mesh."""
-        specs = {0: PartitionSpec(TOWER), None: PartitionSpec()}
+    def _over_mesh(
+        self, function: Callable, in_axes: tuple[str | None, ...], out_axes: str | tuple[str | None, ...] | None
+    ) -> tuple[Callable, tuple[NamedSharding, ...]]:
+        """Return the function over the mesh of shards and towers, and the shardings of its arguments."""
+        specs = {axis: PartitionSpec(axis) if axis else PartitionSpec() for axis in (TOWER, DATA, None)}
+
+        def squeeze(argument: Any, axis: str | None) -> Any:
+            return jax.tree.map(lambda leaf: leaf[0], argument) if axis == TOWER else argument
+
+        def expand(axis: str | None, result: Any) -> Any:
+            return jax.tree.map(lambda leaf: leaf[None], result) if axis == TOWER else result
 
         def on_device(*arguments: Any) -> Any:
-            axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(arguments)
-            own = [
-                jax.tree.map(lambda leaf: leaf[0], argument) if axis == 0 else argument
-                for argument, axis in zip(arguments, axes, strict=True)
-            ]
-            result = function(*own)
-            return jax.tree.map(lambda leaf: leaf[None], result) if out_axes == 0 else result
+            result = function(*map(squeeze, arguments, in_axes))
+            if isinstance(out_axes, tuple):
+                return tuple(map(expand, out_axes, result))
+            return expand(out_axes, result)
 
-        return jax.shard_map(
+        in_specs = tuple(specs[axis] for axis in in_axes)
+        mapped = jax.shard_map(
             on_device,
             mesh=self._mesh,
-            in_specs=jax.tree.map(specs.get, in_axes, is_leaf=lambda axis: axis is None),
-            out_specs=specs[out_axes],
-            check_vma=False,  # gradients are those of pmap
+            in_specs=in_specs,
+            out_specs=_for_each(specs.get, out_axes),
+            check_vma=False,  # gradients follow pmap's rule
         )
-
-    def place(self, tree: Any) -> Any:
-        """Puts arrays with a leading tower axis where ``map`` wants them, so that they can be donated."""
-        return jax.device_put(tree, self.sharding)
+        return mapped, tuple(NamedSharding(self._mesh, spec) for spec in in_specs)
 
 
-def own_rows(rows: jax.Array) -> jax.Array:
-    """A device's share of the rows of a batch, of which a per-tower function is given all.
+def _for_each(function: Callable, axes: str | tuple[str | None, ...] | None) -> Any:
+    """Apply a function to an axis, or to each of a tuple of axes."""
+    return tuple(map(function, axes)) if isinstance(axes, tuple) else function(axes)
 
-    Where shares are not equal, the last ones end in rows of zeros.
+
+def make_executor(name: str, towers: int, batch_size: int) -> Executor:
+    """Choose the executor of a run.
+
+    Args:
+      name: "vmap", "pmap", "shard_map", or "auto": the last of them that has enough devices and uses several.
+      batch_size: the batch is sharded over as many devices as divide it.
+
+    Raises:
+      ValueError: pmap or shard_map is requested and there are fewer devices than towers.
     """
-    shares = lax.axis_size(DATA)
-    if shares == 1:
-        return rows
-    size = -(-len(rows) // shares)
-    padded = jnp.pad(rows, [(0, shares * size - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
-    return lax.dynamic_slice_in_dim(padded, lax.axis_index(DATA) * size, size)
+    devices = jax.local_devices()
+    per_tower = len(devices) // towers
+    shards = max((count for count in range(1, per_tower + 1) if batch_size % count == 0), default=0)
+    if name == "auto":
+        name = "shard_map" if shards > 1 else "pmap" if 1 < towers <= len(devices) else "vmap"
+    if name != "vmap" and not shards:
+        kind = devices[0].platform.upper()
+        raise ValueError(
+            f"train.executor={name}: must have a device for each of {towers} towers, and there are {len(devices)} "
+            f"{kind} device(s); use --config.train.executor=vmap to run all towers on one device, or, to make a CPU "
+            f"{towers} devices, set JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={towers} in the environment (in a notebook: "
+            "before JAX is first used)"
+        )
+    return Executor(name, towers, shards if name == "shard_map" else 1)
 
 
-def row_numbers(count: int) -> jax.Array:
-    """The positions in the batch of the ``count`` rows of this device's share."""
+def global_positions(count: int) -> jax.Array:
+    """Return the positions in the whole batch of the `count` examples of this shard."""
     first = 0 if lax.axis_size(DATA) == 1 else lax.axis_index(DATA) * count
     return first + jnp.arange(count)
 
 
-def drawn(draw: Callable[[jax.Array], jax.Array], key: jax.Array, positions: jax.Array) -> jax.Array:
-    """What is drawn for each row: a function of the key and its position in the batch, wherever that is divided.
+def per_example(draw: Callable[[jax.Array], jax.Array], key: jax.Array, positions: jax.Array) -> jax.Array:
+    """Sample for each example from the key and its position in the whole batch, so that sharding changes nothing.
 
     Args:
-      draw: from a key of its own to what one row has.
-      positions: int (rows,), as of ``row_numbers``.
+      draw: from an example's key to its sample.
+      positions: int (examples,), as from `global_positions`.
     """
     return jax.vmap(lambda position: draw(jax.random.fold_in(key, position)))(positions)
-
-
-def all_rows(rows: jax.Array, count: int) -> jax.Array:
-    """All ``count`` rows of a batch, from the devices that share it."""
-    return lax.all_gather(rows, DATA, tiled=True)[:count]
-
-
-_ABORTED = b"""
-The towers lost each other: one waited too long for the other's half of a layer, and XLA stopped the program.
-A CPU that stands in for two devices can be too busy for that. Nothing that was checkpointed is lost: the same
-command again goes on from there. With --config.train.executor=vmap both towers run on one device and never wait.
-"""
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _write_aborted(signum: int) -> None:
-    os.write(2, _ABORTED)
-
-
-@functools.cache
-def _explain_abort() -> None:
-    """Has the process say a word before XLA's abort ends it: C's handler runs where Python's own would not."""
-    ctypes.CDLL(None).signal(signal.SIGABRT, _write_aborted)

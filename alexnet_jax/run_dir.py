@@ -1,4 +1,4 @@
-"""The JSON files of a run's folder: config, data set, environment, metrics and, once it is finished, its result."""
+"""The files of a run and of a study: their names, atomic writes, and the environment of a run. Needs no JAX."""
 
 import contextlib
 import importlib.metadata
@@ -6,91 +6,208 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from alexnet_jax import __version__
+from alexnet_jax.config import flatten, from_json
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
-FAILURE = "failure.json"  # what ended a run that failed
-
-
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A name to write a file to, which becomes ``path`` once it is whole, or is deleted; makes its folder."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `path` on success and is deleted on failure; create its folder.
+
+    The temporary name is unique: several machines may write the same file at the same moment.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
     try:
-        yield unfinished
-        os.replace(unfinished, path)
+        yield temporary
+        temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _read_umask() -> int:
+    """Return the process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _read_umask()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes the whole file or nothing, and makes its folder."""
-    with whole(path) as unfinished:
-        unfinished.write_text(text)
+    """Write a text file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A value as JSON, as by ``write_text``."""
+    """Write a value as JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any | None:
-    """The value in a file, or None where there is no such file."""
+    """Return the value in a JSON file, or None if the file does not exist."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def complete_lines(path: Path) -> list[str]:
-    """The lines of a file, less a last one that was being written when the process was killed."""
+    """Return the lines of a file without a last line that a killed process left incomplete."""
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def result(workdir: Path) -> dict[str, Any] | None:
-    """The result of a finished run; None where it is not finished."""
-    return read_json(workdir / "result.json")
+class RunDir:
+    """The folder of one run.
 
-
-def status(workdir: Path) -> str:
-    """Of a run: "finished", "failed", "unfinished" or "not started"."""
-    if result(workdir) is not None:
-        return "finished"
-    if (workdir / FAILURE).exists():
-        return "failed"
-    return "unfinished" if workdir.exists() else "not started"
-
-
-def check_config(workdir: Path, config: dict[str, Any]) -> None:
-    """Checks that a folder is free for the run of a config, or holds that run already.
-
-    Args:
-      config: nested, as JSON has it (lists, not tuples).
-
-    Raises:
-      ValueError: the folder holds a run of another config.
+    Attributes:
+      path: the folder.
+      name: its last two parts, such as "lrn/seed_0".
+      config_file: the run's config; resuming with another one is refused.
+      dataset_file: metadata of the dataset (name, classes, sizes), for tools that run without it.
+      statistics_file: mean image and colour axes that the network's input is normalised with.
+      environment_file: versions, machine, devices, git commit.
+      metrics_file: one JSON object per logged step.
+      log_file: the run's messages.
+      filters_file: the first layer's filters after training.
+      by_class_file: the final error of each class.
+      result_file: the final metrics; it exists only if the run is finished.
+      failure_file: the error that ended a failed run.
+      checkpoints: the folder of checkpoints.
     """
-    there = read_json(workdir / "config.json")
-    if there is not None and there != config:
-        old, new = flatten(there), flatten(config)
-        changes = [
-            f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
-            for key in sorted(old | new)
-            if old.get(key) != new.get(key)
-        ]
-        raise ValueError(
-            f"{workdir} holds a run of another config ({'; '.join(changes)}): "
-            "choose another --workdir, or delete that folder to start anew"
-        )
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.name = "/".join(self.path.absolute().parts[-2:])
+        self.config_file = self.path / "config.json"
+        self.dataset_file = self.path / "dataset.json"
+        self.statistics_file = self.path / "statistics.npz"
+        self.environment_file = self.path / "env.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.log_file = self.path / "train.log"
+        self.filters_file = self.path / "filters.npy"
+        self.by_class_file = self.path / "by_class.json"
+        self.result_file = self.path / "result.json"
+        self.failure_file = self.path / "failure.json"
+        self.checkpoints = self.path / "checkpoints"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The final metrics of a finished run, else None."""
+        return read_json(self.result_file)
+
+    @property
+    def status(self) -> str:
+        """The state of the run: "finished", "failed", "unfinished" or "not started"."""
+        if self.result is not None:
+            return "finished"
+        if self.failure_file.exists():
+            return "failed"
+        return "unfinished" if self.path.exists() else "not started"
+
+    def read_config(self) -> ConfigDict | None:
+        """Return the run's config, or None if the folder has none.
+
+        Raises:
+          ValueError: the config was written by a version with other fields.
+        """
+        values = read_json(self.config_file)
+        try:
+            return None if values is None else from_json(values)
+        except ValueError as error:
+            raise ValueError(f"{self.config_file}: {error}") from None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the logged metrics in order of their steps."""
+        return [json.loads(line) for line in complete_lines(self.metrics_file)]
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Check that the folder is free for a config, or already belongs to it.
+
+        Args:
+          config: nested dictionaries, as from `config.as_json`.
+
+        Raises:
+          ValueError: the folder holds a run of another config.
+        """
+        existing = read_json(self.config_file)
+        if existing is not None and existing != config:
+            old, new = flatten(existing), flatten(config)
+            changes = [
+                f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+                for key in sorted(old | new)
+                if old.get(key) != new.get(key)
+            ]
+            raise ValueError(
+                f"{self.path} holds a run of another config ({'; '.join(changes)}): "
+                "choose another --workdir, or delete that folder to start again"
+            )
+
+
+class StudyDir:
+    """The folder of a study, with a folder for each of its runs.
+
+    Attributes:
+      path: the folder.
+      study_file: name, arms, sizes, seeds, claims and tuned values, for the report.
+      results_file: a row for each run.
+      curves_file: a row for each logged step of each run.
+      report_file: the report.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.study_file = self.path / "study.json"
+        self.results_file = self.path / "results.csv"
+        self.curves_file = self.path / "curves.csv"
+        self.report_file = self.path / "report.html"
+
+    def run(self, arm: str, seed: int) -> RunDir:
+        """Return the folder of the run of an arm with a seed."""
+        return RunDir(self.path / arm / f"seed_{seed}")
+
+    def trial(self, arm: str, key: str, value: Any, seed: int) -> RunDir:
+        """Return the folder of a tuning run: an arm with a candidate value of the tuned field."""
+        return RunDir(self.path / arm / f"{key.rpartition('.')[2]}_{value}" / f"seed_{seed}")
+
+    def read(self) -> dict[str, Any]:
+        """Return the contents of study.json.
+
+        Raises:
+          ValueError: the folder is not a study's.
+        """
+        study = read_json(self.study_file)
+        if study is None:
+            raise ValueError(
+                f"{self.path} is not a study's folder: it has no study.json; give one like runs/ablation_lrn"
+            )
+        return study
+
+    def runs(self) -> list[tuple[str, int, RunDir]]:
+        """Return arm, seed and folder of every run in the study's order, including seeds added by other commands."""
+        study = self.read()
+        on_disk = {int(folder.name.removeprefix("seed_")) for folder in self.path.glob("*/seed_*")}
+        seeds = [*study["seeds"], *sorted(on_disk - set(study["seeds"]))]
+        return [(arm, seed, self.run(arm, seed)) for arm in study["arms"] for seed in seeds]
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers of a run depend on besides its config: versions, machine, state of the repository."""
+    """Return what a run's numbers depend on besides its config: versions, machine, git commit."""
     return {
+        "alexnet_jax": __version__,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "machine": platform.machine(),
@@ -103,7 +220,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the repository this file is in; empty where there is none."""
+    """Return git's output for the repository of this file, or "" outside a repository."""
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
@@ -111,11 +228,3 @@ def _git(*arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and their values."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

@@ -1,12 +1,12 @@
-"""One run, from a config to a result: ``train_and_evaluate``."""
+"""One run, from a config to a result: setup, state, training step, and the loop."""
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +16,82 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from alexnet_jax import augment, batches, data, evaluate, kernels, model, optim, pixels, records
-from alexnet_jax.checkpoint import Checkpoints, Weights
-from alexnet_jax.config import as_json, validate
-from alexnet_jax.logs import Logs
-from alexnet_jax.pixels import Pixels
-from alexnet_jax.progress import Clock, Progress, traced
-from alexnet_jax.towers import DATA, TOWER, Executor, own_rows, row_numbers
+from alexnet_jax import figures, model, optim
+from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.config import SECTIONS, as_json, validate
+from alexnet_jax.data import augment, datasets, statistics
+from alexnet_jax.data.datasets import Dataset
+from alexnet_jax.data.loader import train_batches
+from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.evaluate import Outcomes, evaluate, make_predictor, per_example_metrics
+from alexnet_jax.metrics import MetricWriter, Progress, Timer, profiled
+from alexnet_jax.parallel import DATA, TOWER, Executor, global_positions, make_executor
+from alexnet_jax.run_dir import RunDir, atomic_write, environment, write_json
 
 
 class State(flax.struct.PyTreeNode):
-    """What a step changes. Outside the mapped step every array has a leading tower axis.
+    """What a training step changes. Outside the step every array has a leading tower axis.
 
     Attributes:
-      params: of the net.
-      opt_state: of the update rule.
-      sums: loss and errors of all images since they were last logged, and how many images these were.
+      params: parameters, by layer and name.
+      batch_stats: running averages of batch normalisation; empty without it.
+      opt_state: state of the optimiser.
+      sums: loss, errors and number of the images since metrics were last logged.
     """
 
     params: Any
+    batch_stats: Any
     opt_state: Any
     sums: dict[str, Any]
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Parameters and running averages, as the network takes them."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
 
-def prepare(config: ConfigDict) -> tuple[data.DataSet, Executor]:
-    """Opens what a run needs and checks that it can run, before anything expensive.
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run needs besides its folder: config, dataset and executor, which fit each other.
+
+    Attributes:
+      config: of one run.
+      dataset: the images.
+      executor: how towers and shards of the batch run on the devices.
+    """
+
+    config: ConfigDict
+    dataset: Dataset
+    executor: Executor
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which as many images are seen as the training set has; need not be whole."""
+        return len(self.dataset.train) / self.config.train.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return max(1, round(self.config.train.epochs * self.steps_per_epoch))
+
+    @property
+    def evaluated(self) -> dict[str, datasets.Source]:
+        """The images that are evaluated, by the prefix of their metrics."""
+        train_images = datasets.subsample(self.dataset.train, self.config.eval.train_images)
+        validation = {"validation": self.dataset.validation} if self.dataset.validation else {}
+        return {"eval": self.dataset.evaluation, "train_eval": train_images, **validation}
+
+
+def open_run(config: ConfigDict) -> Setup:
+    """Open what a run needs, and check that it can run before anything expensive.
 
     Raises:
-      ValueError: a value, the data set, the devices or the shapes do not fit; the message says what to do.
+      ValueError: a value, the dataset, the devices or the shapes do not fit; the message has the remedy.
     """
     validate(config)
-    dataset = data.load(config.data, validation=config.eval.validation or config.optim.stall.evaluations > 0)
+    dataset = datasets.load(config.data)
     if config.train.batch_size > len(dataset.train):
         raise ValueError(
             f"train.batch_size={config.train.batch_size}: must be at most the {len(dataset.train)} "
@@ -62,229 +105,230 @@ def prepare(config: ConfigDict) -> tuple[data.DataSet, Executor]:
             )
     if config.data.augment.colour.noise and dataset.channels != 3:
         raise ValueError(
-            f"data.augment.colour.noise={config.data.augment.colour.noise}: must be 0 for images without colours, "
-            f"and those of {config.data.name} have {dataset.channels} channel(s)"
+            f"data.augment.colour.noise={config.data.augment.colour.noise}: must be 0 for grey images; "
+            f"{config.data.name} has {dataset.channels} channel(s)"
         )
     model.shapes(config.model, dataset.classes, (config.data.crop, config.data.crop, dataset.channels))
-    return dataset, Executor(config.train.executor, config.model.towers)
+    return Setup(config, dataset, make_executor(config.train.executor, config.model.towers, config.train.batch_size))
 
 
-def steps_per_epoch(config: ConfigDict, dataset: data.DataSet) -> float:
-    """Steps in which as many images are seen as there are to train on; need not be whole."""
-    return len(dataset.train) / config.train.batch_size
-
-
-def count_steps(config: ConfigDict, dataset: data.DataSet) -> int:
-    """Of the whole run."""
-    return max(1, round(config.train.epochs * steps_per_epoch(config, dataset)))
-
-
-def init_state(config: ConfigDict, dataset: data.DataSet) -> State:
-    """The state before the first step: a function of the config's seed."""
+def init_state(setup: Setup) -> State:
+    """Return the state before the first step, a function of the config's seed, on the host."""
+    config, dataset = setup.config, setup.dataset
     shape = (config.data.crop, config.data.crop, dataset.channels)
-    return start(config, model.init(config.model, dataset.classes, shape, config.seed))
+    return new_state(config, model.init(config.model, dataset.classes, shape, config.seed))
 
 
-def start(config: ConfigDict, params: Any) -> State:
-    """The state of a net with these parameters before the first step, on the host: ``Executor.place`` it."""
-    opt_state = jax.eval_shape(jax.vmap(optim.sgd(config.optim, config.model.layers).init), params)
-    velocities = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), opt_state)
-    return State(params, velocities, no_sums(config.model.towers))
+def new_state(config: ConfigDict, variables: dict[str, Any]) -> State:
+    """Return the state of a network before the first step, on the host; `Executor.place` puts it on the devices."""
+    optimizer = optim.make_optimizer(config.optim, config.model.layers, steps_per_epoch=1.0, steps=1)
+    shapes = jax.eval_shape(jax.vmap(optimizer.init), variables["params"])
+    # All optimisers start from zeros, which nothing has to be compiled for.
+    opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return State(variables["params"], variables.get("batch_stats", {}), opt_state, _no_sums(config.model.towers))
 
 
-def no_sums(towers: int) -> dict[str, np.ndarray]:
-    """``State.sums`` when they were just logged."""
+def _no_sums(towers: int) -> dict[str, np.ndarray]:
+    """Return `State.sums` of no images."""
     return {name: np.zeros(towers, np.float32) for name in ("loss", "top1_error", "top5_error", "images")}
 
 
-def train_step(config: ConfigDict, dataset: data.DataSet, seen: Pixels, executor: Executor) -> Callable[..., State]:
-    """The compiled step ``(state, batch, seed, step, stalls) -> state``, which donates the state it is given.
+def make_train_step(setup: Setup) -> Callable[..., State]:
+    """Return the compiled training step `(state, batch, statistics, seed, step, plateau_decays) -> state`.
 
-    Crops, flips, colours and dropout are a function of (seed, step), where the first step is 1. Rates are one of
-    (step, stalls), where stalls is how often the validation error has stalled.
+    Runs whose configs differ only in their seed share one program. The step donates its state. Crops, flips, colour
+    noise and dropout are functions of (seed, step), where the first step is 1; learning rates of (step,
+    plateau_decays), the number of decays on plateau so far.
     """
-    net = model.AlexNet(config.model, dataset.classes)
-    rule = optim.sgd(config.optim, config.model.layers)
-    epoch_steps = steps_per_epoch(config, dataset)
-    until = config.data.augment.colour.until_epoch
+    config = FrozenConfigDict({section: setup.config[section] for section in SECTIONS})
+    return _train_step(config, setup.dataset.classes, setup.steps_per_epoch, setup.steps, setup.executor)
+
+
+@functools.lru_cache(maxsize=32)
+def _train_step(
+    config: FrozenConfigDict, classes: int, steps_per_epoch: float, steps: int, executor: Executor
+) -> Callable[..., State]:
+    network = model.AlexNet(config.model, classes)
+    optimizer = optim.make_optimizer(config.optim, config.model.layers, steps_per_epoch, steps)
+    noise_until = config.data.augment.code2012.noise_until_epoch
 
     def tower_step(
-        state: State, batch: dict[str, jax.Array], seed: jax.Array, step: jax.Array, stalls: jax.Array
+        state: State,
+        batch: dict[str, jax.Array],
+        statistics: Statistics,
+        seed: jax.Array,
+        step: jax.Array,
+        plateau_decays: jax.Array,
     ) -> State:
         views_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
-        colours = until is None or ~optim.reached(until, step - 1, epoch_steps)
-        count, own = len(batch["image"]), jax.tree.map(own_rows, batch)
-        positions = row_numbers(len(own["image"]))
-        images = augment.random_inputs(own["image"], positions, config.data, seen, views_key, colours)
+        noise_on = noise_until is None or step - 1 < round(noise_until * steps_per_epoch)
+        positions = global_positions(len(batch["label"]))
+        images = augment.random_inputs(batch["image"], positions, config.data, statistics, views_key, noise_on)
         rngs = {"dropout": jax.random.fold_in(dropout_key, lax.axis_index(TOWER))}
-        counts = (positions < count).astype(jnp.float32)  # not what a share is filled up with
+        batch_size = len(batch["label"]) * lax.axis_size(DATA)
 
-        def loss_share(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            logits: Any = net.apply({"params": params}, images, train=True, rngs=rngs)
-            metrics = evaluate.per_image(logits, own["label"])
-            # Each tower's gradient is that of the sum over towers, and each has computed the whole loss.
-            return (counts * metrics["loss"]).sum() / count / lax.axis_size(TOWER), metrics
+        def tower_loss(params: Any) -> tuple[jax.Array, Any]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, updated = network.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+            metrics = per_example_metrics(logits, batch["label"], config.train.label_smoothing)
+            # Gradients are summed over towers, and each tower has computed the whole loss.
+            return metrics["loss"].sum() / batch_size / lax.axis_size(TOWER), (metrics, updated)
 
-        gradients, metrics = jax.grad(loss_share, has_aux=True)(state.params)
-        metrics["images"] = counts
-        totals = {name: (counts * values).sum() for name, values in metrics.items()}
+        gradients, (metrics, updated) = jax.grad(tower_loss, has_aux=True)(state.params)
+        totals = {name: values.sum() for name, values in metrics.items()}
+        totals["images"] = jnp.float32(len(batch["label"]))
         gradients, totals = lax.psum((gradients, totals), DATA)
-        rates = optim.learning_rates(config.optim, config.model.layers, step - 1, epoch_steps, stalls)
-        updates, opt_state = rule.update(gradients, state.opt_state, state.params, rates=rates)
-        sums = {name: state.sums[name] + total for name, total in totals.items()}
-        return State(optax.apply_updates(state.params, updates), opt_state, sums)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, plateau_decays=plateau_decays)
+        return State(
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=updated.get("batch_stats", {}),
+            opt_state=opt_state,
+            sums={name: state.sums[name] + total for name, total in totals.items()},
+        )
 
-    return executor.map(tower_step, in_axes=(0, None, None, None, None), out_axes=0, donate_argnums=(0,))
-
-
-def save_start(weights: Weights, workdir: Path) -> None:
-    """Makes a new folder a run that has done no step: ``train_and_evaluate`` goes on from these weights.
-
-    Raises:
-      ValueError: the folder is there already.
-    """
-    if workdir.exists():
-        raise ValueError(f"{workdir}: is there already; name a new folder, or delete it")
-    records.write_json(workdir / "config.json", as_json(weights.config))
-    records.write_json(workdir / "dataset.json", {"classes": weights.classes})
-    if weights.pixels is not None:
-        pixels.write(workdir / pixels.FILE, weights.pixels)
-    with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(0, start(weights.config, weights.params), dataclasses.asdict(Progress()))
+    return executor.map(tower_step, in_axes=(TOWER, DATA, None, None, None, None), out_axes=TOWER, donate_argnums=(0,))
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Trains one net, or goes on with training it, and evaluates it.
+    """Train a network, or resume training it, and evaluate it.
 
     Args:
-      config: of one run (``config.run_config``).
-      workdir: the run's folder. Where it holds an interrupted run of the same config, that is gone on with.
-      labels: what the run is called by in TensorBoard's hparams tab, such as its arm and seed.
+      config: of one run (`config.run_config`).
+      workdir: the run's folder. An interrupted run of the same config in it is resumed.
+      labels: names of the run in TensorBoard's hparams tab, such as its arm and seed.
 
     Returns:
-      The result, as in ``result.json``: the last metrics (errors are fractions of 1), steps, parameters, seconds.
+      The result, as in result.json: the last metrics (errors are fractions of 1), steps, parameters, seconds.
 
     Raises:
       ValueError: the config cannot run, or the folder holds a run of another config.
-      FloatingPointError: the loss is not finite any more.
-      KeyboardInterrupt: a signal asked to stop; a checkpoint was saved first.
+      FloatingPointError: the loss is not finite.
+      KeyboardInterrupt: SIGINT or SIGTERM asked to stop; a checkpoint was saved first.
     """
-    workdir = Path(workdir)
-    records.check_config(workdir, as_json(config))
-    if finished := records.result(workdir):
-        return finished
-    dataset, executor = prepare(config)
-    records.write_json(workdir / "config.json", as_json(config))
-    records.write_json(workdir / "dataset.json", _about(config, dataset))
-    seen = pixels.of_run(workdir, dataset, config.data)
-    devices = [str(device) for device in executor.devices]
-    records.write_json(workdir / "env.json", records.environment() | {"executor": executor.name, "devices": devices})
-
-    first_layer = config.model.order[0]
-    epoch = steps_per_epoch(config, dataset)
-    steps = count_steps(config, dataset)
-    run_step = train_step(config, dataset, seen, executor)
-    predict = evaluate.predictor(config, dataset.classes, seen, executor)
-    evaluated = {"eval": dataset.evaluation, "train_eval": data.evenly(dataset.train, config.eval.train_images)}
-    evaluated |= {"validation": dataset.validation} if dataset.validation else {}
-
-    with Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints) as checkpoints, _stop_asked() as stop:
-        state = executor.place(init_state(config, dataset))
-        progress = Progress()
+    run = RunDir(workdir)
+    run.check(as_json(config))
+    if run.result is not None:
+        return run.result
+    setup = open_run(config)
+    stats = setup.executor.replicate(_start(run, setup))
+    train_step, evaluate_all = make_train_step(setup), make_evaluator(setup, stats)
+    executor, steps, epoch = setup.executor, setup.steps, setup.steps_per_epoch
+    with Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints, _stop_requested() as stop:
+        state, progress = executor.place(init_state(setup)), Progress()
         if restored := checkpoints.restore(state):
             state, progress = restored[0], Progress.from_json(restored[1])
-        with Logs(workdir, start=progress.step, stop=steps) as logs:
-            logs.say(f"{executor.name} on {', '.join(devices)}: from step {progress.step} to {steps}")
-            logs.say(
-                f"trained on {len(dataset.train):,} images of {config.data.name}; eval/ is on the "
-                f"{len(dataset.evaluation):,} of {config.data.eval_split}"
-                + (f", validation/ on {len(dataset.validation):,} that are kept apart" if dataset.validation else "")
-            )
-            clock = Clock(progress)
-            read = batches.train_batches(dataset.train, config, seed=config.seed, start=progress.step, stop=steps)
-            read = traced(clock.waiting(read), config.train.profile, workdir)
-            for step, batch in enumerate(read, progress.step + 1):
+        with MetricWriter(run, start=progress.step, stop=steps) as writer:
+            _log_start(writer, setup, progress.step)
+            timer = Timer(progress)
+            batches = train_batches(setup.dataset.train, config, seed=config.seed, start=progress.step, stop=steps)
+            batches = profiled(timer.waiting(batches), config.train.profile, run.path)
+            for step, batch in enumerate(batches, progress.step + 1):
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state = run_step(
-                        state, batch, np.uint32(config.seed), np.int32(step), np.int32(progress.stall.cuts)
-                    )
-                clock.count(config.train.batch_size, state)
+                    decays = np.int32(progress.plateau.decays)
+                    state = train_step(state, batch, stats, np.uint32(config.seed), np.int32(step), decays)
+                timer.count(config.train.batch_size, state)
                 progress.step = step
-                logs.progress(step)
+                writer.progress(step)
                 last = step == steps
                 if last or step % config.train.log_every == 0:
-                    with clock.paused(state):
-                        rate = optim.learning_rate(config.optim, step - 1, epoch, progress.stall.cuts)
-                        metrics = _means(state, step) | {"learning_rate": float(rate)}
-                        progress.metrics |= logs.write(step, {"epoch": step / epoch, **metrics, **clock.lap()})
-                        if complaint := clock.complaint(config.data):
-                            logs.say(complaint)
-                        state = state.replace(sums=executor.place(no_sums(config.model.towers)))
-                if last or _passes(step, epoch * config.eval.every_epochs):
-                    with clock.paused(state):
-                        outcomes = {
-                            part: evaluate.outcomes([partial(predict, state.params)], source, config)
-                            for part, source in evaluated.items()
-                        }
-                        first_kernels = jax.device_get(state.params[first_layer]["kernel"])
-                        found = {f"{part}/{k}": v for part, each in outcomes.items() for k, v in each.means().items()}
-                        found |= kernels.colour_metrics(first_kernels)
-                        progress.metrics |= logs.write(step, {"epoch": step / epoch, **found})
-                        if "validation" in evaluated:
-                            progress.stall = progress.stall.after(found["validation/top1_error"], config.optim.stall)
-                        logs.image(step, f"{first_layer}/kernels", kernels.picture(first_kernels))
-                    if last:
-                        from alexnet_jax import panels  # what it draws with would keep the first step waiting
-
-                        mistakes = panels.mistakes(outcomes["eval"], dataset, config.data.image_size)
-                        logs.image(step, "eval/mistakes", mistakes)
-                        _keep(workdir, first_kernels, outcomes["eval"], dataset)
+                    with timer.paused(state):
+                        rate = optim.learning_rate(config.optim, epoch, steps, step - 1, progress.plateau.decays)
+                        means = _mean_metrics(state, step) | {"learning_rate": float(rate)}
+                        progress.metrics |= writer.write(step, {"epoch": step / epoch, **means, **timer.lap()})
+                        if warning := timer.warning(config.data):
+                            writer.log(warning)
+                        state = state.replace(sums=executor.place(_no_sums(config.model.towers)))
+                if last or _crosses_multiple(step, epoch * config.eval.every_epochs):
+                    with timer.paused(state):
+                        outcomes = evaluate_all(state)
+                        filters = jax.device_get(state.params[config.model.order[0]]["kernel"])
+                        scores = {f"{part}/{k}": v for part, each in outcomes.items() for k, v in each.means().items()}
+                        scores |= figures.colour_metrics(filters)
+                        progress.metrics |= writer.write(step, {"epoch": step / epoch, **scores})
+                        if "validation" in outcomes:
+                            error = scores["validation/top1_error"]
+                            progress.plateau = progress.plateau.after(error, config.optim.plateau)
+                        writer.image(step, f"{config.model.order[0]}/filters", figures.filter_grid(filters))
+                        if last:
+                            _write_artifacts(run, writer, setup, outcomes["eval"], filters)
                 if last or step % config.train.checkpoint_every == 0 or stop.is_set():
-                    with clock.paused(state):
-                        _means(state, step)  # a net that has diverged is not saved
+                    with timer.paused(state):
+                        _mean_metrics(state, step)  # a network that has diverged is not saved
                         checkpoints.save(step, state, dataclasses.asdict(progress))
                 if stop.is_set() and not last:
-                    raise KeyboardInterrupt(f"{workdir}: stopped at step {step} of {steps}, which is saved")
-
+                    raise KeyboardInterrupt(f"{run.path}: stopped at step {step} of {steps}; a checkpoint is saved")
             result = {
                 "steps": steps,
                 "epochs": steps / epoch,
                 "parameters": model.count_parameters(state.params),
                 **{name: value for name, value in progress.metrics.items() if "/" in name},
-                "data/wait_fraction": clock.wait_fraction(),
-                "images_per_second": progress.images / max(progress.training_seconds, 1e-9),
-                "seconds": progress.seconds,
+                **timer.totals(),
             }
-            logs.hparams(labels or {"seed": config.seed}, {k: v for k, v in result.items() if k.startswith("eval/")})
-    records.write_json(workdir / "result.json", result)
+            writer.hparams(labels or {"seed": config.seed}, {k: v for k, v in result.items() if k.startswith("eval/")})
+    write_json(run.result_file, result)
     return result
 
 
-def _keep(workdir: Path, kernels: np.ndarray, outcomes: evaluate.Outcomes, dataset: data.DataSet) -> None:
-    """What the report shows of a trained net: its first kernels, and its errors by class."""
-    with records.whole(workdir / "kernels.npy") as unfinished, unfinished.open("wb") as file:
-        np.save(file, kernels)
+def make_evaluator(setup: Setup, stats: Statistics) -> Callable[[State], dict[str, Outcomes]]:
+    """Return the function that evaluates a state on every part of `Setup.evaluated`."""
+    predictor = make_predictor(setup.config, setup.dataset.classes, setup.executor)
+
+    def evaluate_all(state: State) -> dict[str, Outcomes]:
+        predict = functools.partial(predictor, state.variables, stats)
+        return {part: evaluate([predict], source, setup.config) for part, source in setup.evaluated.items()}
+
+    return evaluate_all
+
+
+def _start(run: RunDir, setup: Setup) -> Statistics:
+    """Write the files that describe a run, and return its dataset statistics."""
+    config, dataset = setup.config, setup.dataset
+    devices = [str(device) for device in setup.executor.devices]
+    write_json(run.config_file, as_json(config))
+    write_json(
+        run.dataset_file,
+        {
+            "name": config.data.name,
+            "classes": dataset.classes,
+            "class_names": list(dataset.class_names),
+            "train_images": len(dataset.train),
+            "validation_images": len(dataset.validation or ()),
+            "eval_split": config.data.eval_split,
+            "eval_images": len(dataset.evaluation),
+        },
+    )
+    stats = statistics.load_or_measure(run.statistics_file, dataset, config.data)
+    write_json(run.environment_file, environment() | {"executor": setup.executor.name, "devices": devices})
+    return stats
+
+
+def _log_start(writer: MetricWriter, setup: Setup, step: int) -> None:
+    """Log where a run starts and which images it trains and evaluates on."""
+    config, dataset, executor = setup.config, setup.dataset, setup.executor
+    devices = ", ".join(map(str, executor.devices))
+    writer.log(f"{executor.name} on {devices}: from step {step} to {setup.steps}")
+    validation = f", validation/ on {len(dataset.validation):,} held-out training images" if dataset.validation else ""
+    writer.log(
+        f"trains on {len(dataset.train):,} images of {config.data.name}; eval/ is on the {len(dataset.evaluation):,} "
+        f"of {config.data.eval_split}{validation}"
+    )
+
+
+def _write_artifacts(run: RunDir, writer: MetricWriter, setup: Setup, outcomes: Outcomes, filters: np.ndarray) -> None:
+    """Write what the report shows of a trained network: its filters, errors by class, and most confident errors."""
+    dataset = setup.dataset
+    errors = figures.confident_errors(outcomes, dataset, setup.config.data.image_size)
+    writer.image(setup.steps, "eval/most_confident_errors", errors)
+    with atomic_write(run.filters_file) as temporary, temporary.open("wb") as file:
+        np.save(file, filters)
     images = np.bincount(outcomes.labels, minlength=dataset.classes)
     wrong = np.bincount(outcomes.labels, weights=outcomes.metrics["top1_error"], minlength=dataset.classes)
-    errors = [float(error) if n else None for error, n in zip(wrong / np.maximum(images, 1), images, strict=True)]
-    records.write_json(workdir / "by_class.json", {"class": list(dataset.class_names), "top1_error": errors})
+    by_class = [float(error) if n else None for error, n in zip(wrong / np.maximum(images, 1), images, strict=True)]
+    write_json(run.by_class_file, {"class": list(dataset.class_names), "top1_error": by_class})
 
 
-def _about(config: ConfigDict, dataset: data.DataSet) -> dict[str, Any]:
-    """What is to be known of a run's images where they are not."""
-    return {
-        "name": config.data.name,
-        "classes": dataset.classes,
-        "class_names": list(dataset.class_names),
-        "train_images": len(dataset.train),
-        "validation_images": len(dataset.validation or ()),
-        "eval_split": config.data.eval_split,
-        "eval_images": len(dataset.evaluation),
-    }
-
-
-def _means(state: State, step: int) -> dict[str, float]:
-    """Mean loss and errors of training since they were last logged; nothing, if they just were.
+def _mean_metrics(state: State, step: int) -> dict[str, float]:
+    """Return mean training loss and errors since they were last logged; nothing if no image was seen since.
 
     Raises:
       FloatingPointError: the loss is not finite.
@@ -293,33 +337,35 @@ def _means(state: State, step: int) -> dict[str, float]:
     images = totals.pop("images")
     if not math.isfinite(totals["loss"]):
         raise FloatingPointError(
-            f"train/loss is {totals['loss']} by step {step}: the net has diverged; lower --config.optim.learning_rate"
+            f"train/loss is {totals['loss']} by step {step}: training has diverged; lower --config.optim.learning_rate"
         )
     return {f"train/{name}": total / images for name, total in totals.items()} if images else {}
 
 
-def _passes(step: int, period: float) -> bool:
-    """Whether a multiple of the period lies within this step."""
+def _crosses_multiple(step: int, period: float) -> bool:
+    """Return whether a multiple of the period lies in (step - 1, step]."""
     return step // period > (step - 1) // period
 
 
 @contextlib.contextmanager
-def _stop_asked() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; asked twice, they act as they always do."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield asked
+def _stop_requested() -> Iterator[threading.Event]:
+    """Yield an event that SIGINT and SIGTERM set; a second signal acts as it would without this."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield requested
         return
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A signal that is ignored, as SIGINT is in a shell's background job, stays ignored.
+    handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
-    def ask(number: int, frame: object) -> None:
-        asked.set()
-        signal.signal(number, before[number])
+    def request(number: int, frame: object) -> None:
+        requested.set()
+        signal.signal(number, handlers[signal.Signals(number)])
 
-    for number in before:
-        signal.signal(number, ask)
+    for number in handlers:
+        signal.signal(number, request)
     try:
-        yield asked
+        yield requested
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

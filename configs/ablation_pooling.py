@@ -1,14 +1,17 @@
-"""Does overlapping pooling help?
+"""Does overlapping pooling reduce the error?
 
-The paper, section 3.4: windows of 3 with a stride of 2 take 0.4 points off the top-1 error and 0.3 off the top-5 error,
-against windows of 2 with the same stride, which make maps of the same size.
+The paper, section 3.4: windows of 3 with a stride of 2 lower the top-1 error by 0.4 and the top-5 error by 0.3 points,
+compared with windows of 2 with the same stride, whose feature maps have the same size.
+
+Measured: see experiments/pooling.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from alexnet_jax.configs import base
 
-WITHOUT_OVERLAP = {"model": {"pool": {"window": 2}}}
+NO_OVERLAP = {"model.pool.window": 2}
+ARMS = {"overlap": {}, "no_overlap": NO_OVERLAP}
 CLAIMS = (
     base.claim("no_overlap", "eval/top1_error", "section 3.4", difference=0.004),
     base.claim("no_overlap", "eval/top5_error", "section 3.4", difference=0.003),
@@ -16,4 +19,4 @@ CLAIMS = (
 
 
 def get_config(scale: str = "embedded") -> ConfigDict:
-    return base.study(scale, {"overlap": {}, "no_overlap": WITHOUT_OVERLAP}, CLAIMS)
+    return base.study(scale, ARMS, CLAIMS)

@@ -1,34 +1,46 @@
-"""Does a net of rectified linear units learn faster than one of tanh units?
+"""Does a network of rectified linear units learn faster than one of tanh units?
 
-The paper, section 3.1 and figure 1: on CIFAR-10, a four-layer convolutional net reaches 25 % training error six times
-sooner. Each net's learning rate was chosen to make it learn as fast as it could, and nothing regularised.
+The paper, section 3.1 and figure 1: on CIFAR-10, a four-layer convolutional network reaches a training error of 25 % six
+times faster. No regularisation, and the learning rate of each network "chosen independently to make training as fast as
+possible": each arm tunes it on the same epochs to 25 % that are then compared, with other seeds.
+
+Measured: see experiments/relu.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import base
+from alexnet_jax.configs import base
 
-TANH = {"model": {"activation": "tanh"}}
+TANH = {"model.activation": "tanh"}
+ARMS = {"relu": {}, "tanh": TANH}
 CLAIMS = (base.claim("tanh", "epochs_to_25", "section 3.1, figure 1", ratio=6.0),)
 
 UNREGULARISED = {
-    "model": {"lrn": {"enabled": False}, "dropout": {"rate": 0.0}},
-    "data": {"augment": {"random_crop": False, "flip": False, "colour": {"noise": 0.0}}},
-    "optim": {"weight_decay": 0.0, "cut_epochs": ()},
+    "model.lrn.enabled": False,
+    "model.dropout.rate": 0.0,
+    "data.augment.random_crop": False,
+    "data.augment.flip": False,
+    "data.augment.colour.noise": 0.0,
+    "optim.weight_decay": 0.0,
+    "optim.decay_epochs": (),
 }
-FOUR_LAYERS = {"model": {"order": ("conv1", "conv2", "conv5", "fc8")}}
-# By scale: the net, how often its training error is logged, and the rates to choose among.
-SCALES = {
-    "embedded": (FOUR_LAYERS | {"train": {"epochs": 2.0, "log_every": 20}}, (0.001, 0.003, 0.01, 0.03), 0.5),
-    "cifar10": (FOUR_LAYERS | {"train": {"epochs": 12.0, "log_every": 50}}, (0.003, 0.01, 0.03), 3.0),
-    "imagenette": ({}, (0.003, 0.01, 0.03), 20.0),
-    "imagenet2012": ({}, (0.003, 0.01, 0.03), 10.0),
+TUNING = {
+    "tuning.key": "optim.learning_rate",
+    "tuning.metric": "epochs_to_25",
+    "tuning.choices": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),  # wide enough for an optimum inside the grid
+    "tuning.seeds": (1000, 1001, 1002),
+}
+# The training error is logged often enough to resolve epochs to 25 % to about 2 %.
+FOUR_LAYERS = {"model.order": ("conv1", "conv2", "conv5", "fc8")}
+AT_SCALE: dict[str, dict[str, Any]] = {
+    "embedded": FOUR_LAYERS | {"train.epochs": 2.0, "train.log_every": 5, "tuning.epochs": 1.0},
+    "cifar10": FOUR_LAYERS | {"train.epochs": 12.0, "train.log_every": 50},
+    "imagenette": {"tuning.epochs": 20.0, "tuning.seeds": (1000,)},
+    "imagenet2012": {"tuning.epochs": 10.0, "tuning.seeds": (1000,)},
 }
 
 
 def get_config(scale: str = "embedded") -> ConfigDict:
-    changes, rates, epochs = SCALES.get(scale, SCALES["embedded"])
-    config = base.study(scale, {"relu": {}, "tanh": TANH}, CLAIMS, UNREGULARISED)
-    config.update(changes)
-    config.tuning.update(key="optim.learning_rate", choices=rates, epochs=epochs)
-    return config
+    return base.study(scale, ARMS, CLAIMS, UNREGULARISED | TUNING | AT_SCALE.get(scale, {}))

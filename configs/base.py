@@ -1,16 +1,19 @@
-"""Every field there is. As it stands: the paper's net on ImageNet; the other configs are small differences to it.
+"""Every config field. The defaults are the paper's network on ImageNet; other configs are small changes to it.
 
 Sections, tables and figures are those of Krizhevsky, Sutskever, Hinton: ImageNet Classification with Deep
 Convolutional Neural Networks (NIPS 2012). Where the text is silent, the authors' 2012 code decides.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import FieldReference, placeholder
+from ml_collections.config_dict import placeholder
 
-from configs import scales
+from alexnet_jax.config import flatten
+from alexnet_jax.configs import scales
+
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")  # figure 2
 
 
 def conv(
@@ -19,214 +22,306 @@ def conv(
     *,
     stride: int = 1,
     padding: tuple[int, int] = (0, 0),
-    crosses: bool = False,
+    sees: str = "own",
     weight_std: float = 0.01,
     bias: float = 0.0,
     then: tuple[str, ...] = ("activation",),
 ) -> ConfigDict:
-    """A convolution. `kind="local"` makes it one whose weights are not shared between positions.
+    """Return the fields of a convolutional layer.
+
+    Set `kind="local"` afterwards for a layer whose weights are not shared between positions.
 
     Args:
-      features: kernels of all towers together.
-      kernel: height and width, in pixels.
-      stride: in pixels.
-      padding: zeros before (left, top) and after (right, bottom), in pixels.
-      crosses: whether it sees the maps of all towers or of its own only.
-      weight_std: standard deviation of the initial weights, whose mean is 0.
-      bias: mean of the initial biases.
-      then: what follows, in order: of "activation", "lrn", "spatial_lrn", "max_pool", "avg_pool" and "dropout".
+      features: Kernels of all towers together.
+      kernel: Height and width, in pixels.
+      stride: In pixels.
+      padding: Zeros before (top, left) and after (bottom, right), in pixels.
+      sees: The towers whose feature maps it reads: "all", or its "own" only.
+      weight_std: Standard deviation of the initial weights, whose mean is 0.
+      bias: Mean of the initial biases.
+      then: Operations that follow, in order: any of "activation", "lrn", "spatial_lrn", "batch_norm", "max_pool",
+        "avg_pool" and "dropout".
     """
-    return ConfigDict({"kind": "conv", **locals()} | _of_its_own())
+    return _layer("conv", features, sees, weight_std, bias, then, kernel=kernel, stride=stride, padding=padding)
 
 
 def dense(
-    features: int | FieldReference | None,
+    features: int | None,
     *,
-    crosses: bool = True,
+    sees: str = "all",
     weight_std: float = 0.01,
     bias: float = 0.0,
     then: tuple[str, ...] = ("activation", "dropout"),
 ) -> ConfigDict:
-    """A fully connected layer; arguments as for `conv`."""
-    return ConfigDict({"kind": "dense", **locals()} | _of_its_own())
+    """Return the fields of a fully connected layer; `features=None` means one for each class."""
+    return _layer("dense", features, sees, weight_std, bias, then)
 
 
-def _of_its_own() -> dict[str, object]:
-    """What a layer may have of its own; None is what the other layers have."""
-    return {
-        "bias_std": 0.0,  # standard deviation of the initial biases
-        "weight_decay": placeholder(float),  # of its weights; None: optim.weight_decay
-        "cut_epochs": placeholder(tuple),  # of its weights' rate; None: optim.cut_epochs
-        "freeze_epoch": placeholder(float),  # from here on its rates are 0; None: never
-    }
+def _layer(
+    kind: str, features: int | None, sees: str, weight_std: float, bias: float, then: tuple[str, ...], **window: Any
+) -> ConfigDict:
+    return ConfigDict(
+        {
+            "kind": kind,
+            "features": placeholder(int) if features is None else features,
+            **window,
+            "sees": sees,
+            "weight_std": weight_std,
+            "bias": bias,
+            "bias_std": 0.0,  # standard deviation of the initial biases
+            "then": then,
+            "weight_decay": placeholder(float),  # of the weights; None: optim.weight_decay
+            "decay_epochs": placeholder(tuple),  # of the weights' learning rate; None: optim.decay_epochs
+            "freeze_epoch": placeholder(float),  # the learning rates are 0 from this epoch on; None: never
+        }
+    )
 
 
 def claim(
-    arm: str, metric: str, source: str, *, difference: float | None = None, ratio: float | None = None
+    arm: str,
+    metric: str,
+    source: str,
+    *,
+    difference: float | None = None,
+    ratio: float | None = None,
+    margin: float | None = None,
 ) -> dict[str, object]:
-    """What the paper says of an arm: that its metric is higher than the first arm's, and by how much, if it says so.
+    """Return a claim of the paper: that the arm's metric is higher than the first arm's.
 
     Args:
-      metric: a column of results.csv.
-      source: where the paper says it.
-      difference: the arm's less the first arm's; errors are fractions of 1.
-      ratio: the arm's over the first arm's; it may say, by being less than 1, that the arm's is lower.
+      arm: Name of an arm other than the first.
+      metric: A column of results.csv.
+      source: Section or figure of the paper.
+      difference: Claimed size of the effect, the arm's metric minus the first arm's. Errors are fractions of 1.
+      ratio: Claimed size of the effect, the arm's metric divided by the first arm's. Less than 1: it is lower.
+      margin: Half-width of "no effect": a difference in the unit of the metric, or a factor of more than 1 if a ratio
+        is claimed. None: half the claimed difference, or 0.005 if only its sign is claimed; a factor of 1.25.
     """
-    return locals()
+    return {
+        "arm": arm,
+        "metric": metric,
+        "source": source,
+        "difference": difference,
+        "ratio": ratio,
+        "margin": margin,
+    }
 
 
 def study(
     scale: str,
-    arms: dict[str, Any],
-    claims: tuple[dict[str, object], ...] = (),
-    changes: dict[str, Any] | None = None,
-    seeds: tuple[int, ...] = (0, 1, 2),
+    arms: Mapping[str, Mapping[str, Any]],
+    claims: Iterable[dict[str, object]] = (),
+    changes: Mapping[str, Any] | None = None,
+    seeds: Iterable[int] = (0, 1, 2),
 ) -> ConfigDict:
-    """A study at a scale.
+    """Return a study: the base config at a scale, run with every arm and every seed.
+
+    Changes have dotted keys, as on the command line, or are nested dictionaries. A whole study:
+
+        \"\"\"Does a wider first layer help?\"\"\"
+
+        from alexnet_jax.configs import base
+
+        ARMS = {
+            "narrow": {},  # the reference: the base config as it is
+            "wide": {"model.layers.conv1.features": 64},
+            "wide_and_slow": {"model.layers.conv1.features": 64, "optim.learning_rate": 0.002},
+        }
+
+        def get_config(scale="embedded"):
+            return base.study(scale, ARMS, seeds=range(5))
 
     Args:
-      arms: what each changes; the first is what the others are held against.
-      claims: what the paper says of them.
-      changes: of the base, for all arms.
+      scale: One of `configs/scales.py`.
+      arms: What each arm changes, by name. The first arm is the reference that the others are compared with.
+      claims: What the paper claims (`claim`). Claims about arms that this study does not have are left out.
+      changes: Changes to the base config for all arms.
+      seeds: Random seeds; every arm runs with each of them.
     """
-    config = get_config(scale)
-    config.update(changes or {})
-    config.arms = ConfigDict(arms, sort_keys=False)
-    config.claims = tuple(said for said in claims if said["arm"] in arms)
-    config.seeds = seeds
+    config = get_config(scale, changes)
+    config.arms = ConfigDict({arm: _nested(changed) for arm, changed in arms.items()}, sort_keys=False)
+    config.claims = tuple(claimed for claimed in claims if claimed["arm"] in arms)
+    config.seeds = tuple(seeds)
     return config
 
 
-def get_config(scale: str = "imagenet2012", among: Iterable[str] = scales.SCALES) -> ConfigDict:
-    """The base at one of the scales of `configs/scales.py`; a net may be for some of them only."""
+def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changes as nested dictionaries."""
+    nested: dict[str, Any] = {}
+    for key, value in flatten(changes).items():
+        *sections, field = key.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[field] = value
+    return nested
+
+
+def get_config(
+    scale: str = "imagenet2012", changes: Mapping[str, Any] | None = None, among: Iterable[str] = scales.SCALES
+) -> ConfigDict:
+    """Return the base config at a scale, with changes (see `study`).
+
+    Args:
+      scale: One of `configs/scales.py`.
+      changes: Changes to the config; dotted keys or nested dictionaries.
+      among: The scales that the network can run at.
+
+    Raises:
+      ValueError: There is no such scale, or a change names a field that does not exist.
+    """
     config = ConfigDict()
 
     config.model = ConfigDict()
     config.model.towers = 2  # section 3.2
-    config.model.activation = "relu"  # section 3.1; or "tanh"
-    config.model.init = "normal"  # section 5; or "uniform": what initial weights are drawn from
-    # What is computed in. With "bfloat16", parameters, their updates and the loss stay float32; CPUs are slower so.
+    config.model.activation = "relu"  # section 3.1; "relu", "tanh", "gelu" or "silu"
+    config.model.init = "normal"  # section 5; distribution of the initial weights: "normal" or "uniform"
+    # Precision of the computation: "float32" or "bfloat16". Parameters, their updates and the loss are always float32.
     config.model.dtype = "float32"
 
     # Figure 2. Kernels and neurons are those of both towers together.
-    config.model.order = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+    config.model.order = LAYERS
     config.model.layers = ConfigDict()
     layers = config.model.layers
-    # 224 to 55 takes three more pixels: in the 2012 code the last window hangs over the right and bottom edge.
+    # 224 pixels become 55 with 3 pixels of padding: in the 2012 code the last window exceeds the right and bottom edge.
     layers.conv1 = conv(96, 11, stride=4, padding=(0, 3), then=("activation", "lrn", "max_pool"))
     layers.conv2 = conv(256, 5, padding=(2, 2), bias=1.0, then=("activation", "lrn", "max_pool"))
-    layers.conv3 = conv(384, 3, padding=(1, 1), crosses=True)
+    layers.conv3 = conv(384, 3, padding=(1, 1), sees="all")
     layers.conv4 = conv(384, 3, padding=(1, 1), bias=1.0)
     layers.conv5 = conv(256, 3, padding=(1, 1), bias=1.0, then=("activation", "max_pool"))
     layers.fc6 = dense(4096, bias=1.0)
     layers.fc7 = dense(4096, bias=1.0)
-    layers.fc8 = dense(placeholder(int), then=())  # left open: one neuron for each class
+    layers.fc8 = dense(None, then=())
 
-    # Local response normalisation, section 3.3: within a tower; alpha times the plain sum of squares.
+    # "lrn": local response normalisation over neighbouring channels, section 3.3.
     config.model.lrn = ConfigDict()
-    config.model.lrn.enabled = True
-    config.model.lrn.n = 5  # channels
+    config.model.lrn.enabled = True  # False: "lrn" and "spatial_lrn" do nothing
+    config.model.lrn.n = 5  # channels in the window
     config.model.lrn.k = 2.0
-    config.model.lrn.alpha = 1e-4
+    config.model.lrn.alpha = 1e-4  # multiplies the sum of squares, which is not divided by n
     config.model.lrn.beta = 0.75
-    config.model.lrn.crosses = False  # whether the neighbours beyond the tower's border count, as in Caffe
-    # Where a layer has "spatial_lrn", which the paper does not mention: over the pixels around, in the same map.
+    config.model.lrn.sees = "own"  # "all": the window crosses the border between towers, as in Caffe
+    # "spatial_lrn": the same over neighbouring pixels of one feature map; in the 2012 code only.
     config.model.lrn.spatial = ConfigDict()
     config.model.lrn.spatial.window = 5  # pixels
     config.model.lrn.spatial.k = 1.0
-    config.model.lrn.spatial.alpha = 4e-5  # the 2012 code's 0.001 / 25: times the plain sum, too
+    config.model.lrn.spatial.alpha = 4e-5  # multiplies the sum of squares: the 2012 code's 0.001 / 25
     config.model.lrn.spatial.beta = 0.75
 
-    # Section 3.4. Overlapping: the stride is less than the window.
+    # "batch_norm": batch normalisation per channel (Ioffe and Szegedy, 2015), with a learned scale and bias.
+    config.model.batch_norm = ConfigDict()
+    config.model.batch_norm.momentum = 0.9  # of the running mean and variance
+    config.model.batch_norm.epsilon = 1e-5  # added to the variance
+
+    # "max_pool" and "avg_pool", section 3.4. They overlap if the stride is smaller than the window.
     config.model.pool = ConfigDict()
     config.model.pool.window = 3  # pixels
     config.model.pool.stride = 2  # pixels
-    config.model.pool.ceil = False  # whether a last window may hang over the edge; no difference to maps of 55, 27, 13
+    config.model.pool.ceil = False  # True: the last window may exceed the edge; no difference for 55, 27 and 13 pixels
 
+    # "dropout", section 4.2.
     config.model.dropout = ConfigDict()
-    config.model.dropout.rate = 0.5  # share of the outputs that is dropped, section 4.2; 0 is off
-    config.model.dropout.inverted = False  # True: the rest is scaled up in training, instead of all down in testing
+    config.model.dropout.rate = 0.5  # fraction of the outputs set to 0 in training; 0: off
+    config.model.dropout.inverted = False  # True: scale up in training; False: scale down in evaluation, as the paper
 
     config.data = ConfigDict()
-    config.data.name = "imagenet2012"  # "mnist5k", which is embedded, or what alexnet_jax.prepare or TFDS has prepared
-    config.data.data_dir = ""  # where data sets are; empty: TFDS's own default
+    config.data.name = "imagenet2012"  # "mnist5k" (embedded) or a dataset prepared by `alexnet-jax prepare` or TFDS
+    config.data.data_dir = ""  # folder of the prepared datasets; empty: TFDS's default
     config.data.train_split = "train"
-    config.data.eval_split = "validation"  # the errors reported are on this split
-    # What decides on cuts of the rate (optim.stall): a split, or, where empty, every 20th training image, which is then
-    # not trained on.
+    config.data.eval_split = "validation"  # the split whose errors are reported
+    # Split for decisions during training (optim.plateau, tuning): a name, or "1/20" for every 20th training image,
+    # which is then not trained on. Empty: none.
     config.data.validation_split = ""
-    config.data.validation_every = 20
-    config.data.image_size = 256  # pixels: shorter side scaled to it, then the central square, section 2
-    config.data.crop = 224  # pixels: side of the squares the net sees, section 4.1
-    # "mean_image" of the training images, section 2; "central_mean_image": its centre wherever the crop is, as in the
-    # 2012 code; "mean_pixel", one for each channel; or "mean", the one below.
+    config.data.image_size = 256  # pixels; the shorter side is resized to it, then the centre is cropped, section 2
+    config.data.crop = 224  # pixels; side of the network's input, section 4.1
+    # Subtracted from the input: "mean_image" of the training images, section 2; "central_mean_image", its centre for
+    # every crop, as in the 2012 code; "mean_pixel", one value per channel; or "mean", the constant below.
     config.data.subtract = "mean_image"
-    config.data.mean = (0.0,)  # grey levels of 0-255, per channel or for all
-    config.data.std = (1.0,)  # divides after that, per channel or all; the paper leaves the pixels as they are
-    config.data.augment = ConfigDict()  # training only, section 4.1
-    config.data.augment.random_crop = True
-    config.data.augment.flip = True
-    config.data.augment.chunk = 1  # images in a row that are cropped and flipped alike
-    # Noise along the principal axes of the training images' colours: a normal number of this deviation, times the
-    # axis's standard deviation, as in the 2012 code.
+    config.data.mean = (0.0,)  # grey levels of 0-255, per channel or one for all
+    config.data.std = (1.0,)  # the input is divided by it, per channel or one for all; the paper does not scale
+    config.data.augment = ConfigDict()  # in training only, section 4.1
+    config.data.augment.random_crop = True  # False: the centre crop
+    config.data.augment.flip = True  # mirror half of the images, at random
+    # Noise along the principal axes of the training images' colours: per axis, a normal random number with this
+    # standard deviation times the standard deviation of the colours along the axis.
     config.data.augment.colour = ConfigDict()
-    config.data.augment.colour.noise = 0.1  # 0 is off
-    # Times the axis's eigenvalue, as in the paper's text, when colours are measured in this many grey levels: 255 makes
-    # them 0 to 1. None: times the standard deviation, which has no such choice.
+    config.data.augment.colour.noise = 0.1  # 0: off
+    # Use the eigenvalue (variance) instead of the standard deviation, as the paper's text has it, of colours divided by
+    # this many grey levels: 255 for colours of 0 to 1. None: the standard deviation, as the 2012 code.
     config.data.augment.colour.eigenvalue_unit = placeholder(float)
-    config.data.augment.colour.shrink = False  # whether the image is then divided by 1 + noise
-    config.data.augment.colour.until_epoch = placeholder(float)  # when it ends; None: never
-    config.data.threads = 2  # that decode images
+    # Details of the 2012 code that the paper does not mention.
+    config.data.augment.code2012 = ConfigDict()
+    config.data.augment.code2012.images_per_crop = 1  # consecutive images that share one random crop and flip
+    config.data.augment.code2012.shrink_noise = False  # divide the image by 1 + colour.noise after adding the noise
+    config.data.augment.code2012.noise_until_epoch = placeholder(float)  # no colour noise from then on; None: never
+    config.data.threads = 2  # threads that decode images
     config.data.prefetch = 8  # batches read ahead
 
     # Section 5.
     config.optim = ConfigDict()
+    # "paper": momentum with the learning rate inside the velocity; "sgd": learning rate outside, as in PyTorch; "adamw".
+    config.optim.name = "paper"
     config.optim.learning_rate = 0.01
-    config.optim.momentum = 0.9
+    config.optim.momentum = 0.9  # of "paper" and "sgd"
+    config.optim.betas = (0.9, 0.999)  # of "adamw"
     config.optim.weight_decay = 0.0005
-    config.optim.cut_epochs = (23.0, 51.0, 78.0)  # when the rate is cut: "three times", here as the 2012 log has it
-    config.optim.cut_divisor = 10.0
-    # Or when the error on the held-out images has not fallen for so many evaluations; 0 is off.
-    config.optim.stall = ConfigDict()
-    config.optim.stall.evaluations = 0
-    config.optim.stall.cuts = 3  # at most
-    # The text has the same rate and decay for all parameters; its code, and Caffe, treat biases otherwise.
+    config.optim.schedule = "step"  # "step": decay at decay_epochs; "cosine": to 0 at the end of training
+    config.optim.warmup_epochs = 0.0  # linear warm-up from 0, before either schedule
+    config.optim.decay_epochs = (23.0, 51.0, 78.0)  # the paper's "three times", at the epochs of the 2012 log
+    config.optim.decay_factor = 0.1  # the learning rate is multiplied by it at each decay step
+    # Decay, too, when the validation error has not improved for `patience` evaluations.
+    config.optim.plateau = ConfigDict()
+    config.optim.plateau.patience = 0  # evaluations; 0: off
+    config.optim.plateau.max_decays = 3
+    # All parameters but the layers' kernels. The paper treats them alike; its code, and Caffe, do not.
     config.optim.biases = ConfigDict()
-    config.optim.biases.rate = 1.0  # times the weights'
-    config.optim.biases.decay = 1.0  # times the weights'
-    config.optim.biases.cut_epochs = placeholder(tuple)  # None: the weights'
-    config.optim.biases.cut_divisor = placeholder(float)  # None: the weights'
+    config.optim.biases.learning_rate = 1.0  # multiplies the kernels' learning rate
+    config.optim.biases.weight_decay = 1.0  # multiplies the kernels' weight decay
+    config.optim.biases.decay_epochs = placeholder(tuple)  # None: optim.decay_epochs
+    config.optim.biases.decay_factor = placeholder(float)  # None: optim.decay_factor
 
     config.train = ConfigDict()
-    # Where towers are: "vmap": on one device; "pmap": each on its own; "shard_map": each on several, which share the
-    # batch; "auto": the last of these that has devices enough.
+    # How towers run: "vmap": all on one device; "pmap": one device each; "shard_map": each on several devices, which
+    # share the batch; "auto": the last of these for which there are enough devices.
     config.train.executor = "auto"
     config.train.batch_size = 128
     config.train.epochs = 90.0
+    config.train.label_smoothing = 0.0  # probability spread over all classes (Szegedy et al., 2015); 0: off
     config.train.log_every = 100  # steps
-    # Steps that jax.profiler records in the run's folder, for TensorBoard's profile plugin or ui.perfetto.dev; 0: none.
-    config.train.profile = 0
-    config.train.checkpoint_every = 2000  # steps; there is always one at the end, too
+    config.train.profile = 0  # steps recorded by jax.profiler in the run's folder; 0: none
+    config.train.checkpoint_every = 2000  # steps; the last step is always saved
     config.train.keep_checkpoints = 2
 
     config.eval = ConfigDict()
     config.eval.batch_size = 250
-    config.eval.views = 1  # the centre crop; or 10: corners, centre and their mirror images, averaged, section 4.1
+    config.eval.views = 1  # 1: the centre crop; 10: centre, corners and their mirror images, averaged, section 4.1
     config.eval.every_epochs = 1.0
-    # Training images, evaluated as the held-out ones are, to tell fitting from generalising.
-    config.eval.train_images = 1000
-    config.eval.validation = False  # whether images to decide on are kept apart; optim.stall has them in any case
+    config.eval.train_images = 1000  # training images that are evaluated, too, for the generalisation gap
 
-    # A study runs every arm with every seed. An arm is what it changes of the above; the first is the reference.
+    # A study runs every arm with every seed. An arm is a set of changes to the above; the first is the reference.
     config.arms = ConfigDict({"base": {}}, sort_keys=False)
     config.seeds = (0,)
-    config.claims = ()  # what the paper says of the arms
-    # A field that each arm first chooses for itself, by the lowest error on validation images.
+    config.claims = ()  # what the paper claims about the arms
+    # A field that each arm tunes for itself, before the study's seeds run.
     config.tuning = ConfigDict()
-    config.tuning.key = ""  # such as "optim.learning_rate"; empty: none
-    config.tuning.choices = ()  # its values
-    config.tuning.epochs = placeholder(float)  # that each of them is tried for; None: train.epochs
-    config.tuning.seed = 1000
+    config.tuning.key = ""  # dotted key, such as "optim.learning_rate"; empty: no tuning
+    config.tuning.choices = ()  # the values to try
+    config.tuning.metric = "validation/top1_error"  # lowest mean wins; or "epochs_to_25": epochs to 25 % training error
+    config.tuning.epochs = placeholder(float)  # length of each trial; None: train.epochs
+    config.tuning.seeds = (1000,)  # of the trials; none of the study's
 
     scales.apply(config, scale, among)
+    _apply(config, changes or {})
     return config
+
+
+def _apply(config: ConfigDict, changes: Mapping[str, Any]) -> None:
+    """Apply changes in place, none of which may add a field."""
+    fields = flatten(config)
+    for key, value in flatten(changes).items():
+        if key not in fields:
+            raise ValueError(f"{key}={value!r}: must be a field of configs/base.py; check its name and its section")
+        try:
+            config.update_from_flattened_dict({key: value})
+        except TypeError as error:
+            raise ValueError(f"{key}={value!r}: must have the type of the default; {error}") from None

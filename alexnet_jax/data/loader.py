@@ -1,4 +1,4 @@
-"""Batches by (seed, step): uint8 images and labels, read ahead by threads."""
+"""Batches as a function of (seed, step): uint8 images and labels, read ahead by threads."""
 
 import functools
 from collections.abc import Iterator
@@ -7,57 +7,52 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import pictures
-from alexnet_jax.data import Source
+from alexnet_jax.data import image_io
+from alexnet_jax.data.datasets import Source
 
 Batch = dict[str, np.ndarray]
 
 
-def train_batches(
-    source: Source, config: ConfigDict, *, seed: int, start: int, stop: int, share: tuple[int, int] = (0, 1)
-) -> Iterator[Batch]:
-    """The training batches of the steps from ``start`` up to ``stop``.
+def train_batches(source: Source, config: ConfigDict, *, seed: int, start: int, stop: int) -> Iterator[Batch]:
+    """Iterate over the training batches of steps `start` (inclusive) to `stop` (exclusive).
 
-    The images of a step depend on the seed and the step alone. Every epoch is a new permutation of the whole
-    training set; a batch may span the end of one and the beginning of the next.
+    A step's images depend on the seed and the step alone. Each epoch is a new permutation of the training set; a batch
+    may span the end of one epoch and the beginning of the next.
 
     Args:
-      config: of a run.
-      share: (i, n) for the i-th of n processes, which together see every image of a batch once.
+      source: training examples.
+      config: a run's config.
+      seed: seed of the permutations.
+      start: first step (0-based).
+      stop: step after the last one.
 
     Yields:
-      {"image": uint8 (batch / n, image_size, image_size, channels), "label": int32 (batch / n,)}
-
-    Raises:
-      ValueError: the batch cannot be shared evenly.
+      {"image": uint8 (batch, image_size, image_size, channels), "label": int32 (batch,)}
     """
-    process, processes = share
-    if config.train.batch_size % processes:
-        raise ValueError(f"train.batch_size={config.train.batch_size}: must be a multiple of the {processes} processes")
 
     def positions(step: int) -> np.ndarray:
-        drawn = np.arange(step * config.train.batch_size, (step + 1) * config.train.batch_size)[process::processes]
-        epochs, places = np.divmod(drawn, len(source))
-        return np.concatenate([order(len(source), seed, epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
+        batch_size = config.train.batch_size
+        epochs, offsets = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), len(source))
+        return np.concatenate(
+            [epoch_order(len(source), seed, epoch)[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
+        )
 
-    return _read_ahead(source, grain.MapDataset.range(start, stop).map(positions), config)
+    return _read_ahead(source, grain.MapDataset.range(start, stop).map(positions), config.data)
 
 
-def all_batches(source: Source, config: ConfigDict, *, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
-    """Every image once, in order, in batches of ``eval.batch_size``; the last one is filled up with zeros.
+def all_batches(source: Source, config: ConfigDict, size: int) -> Iterator[Batch]:
+    """Iterate over every image once, in order, in batches of `size`; the last batch is padded with zeros.
 
     Args:
-      config: of a run.
-      share: (i, n) for the i-th of n processes, which together see every image once.
+      source: examples.
+      config: a run's config.
+      size: images per batch.
 
     Yields:
-      As ``train_batches``, and "mask": bool (batch,), False where it was filled up.
+      Batches as of `train_batches`, and "mask": bool (size,), False for padding.
     """
-    process, processes = share
-    size = config.eval.batch_size
-    positions = np.arange(process, len(source), processes)
-    parts = [positions[first : first + size] for first in range(0, len(positions), size)]
-    for batch in _read_ahead(source, grain.MapDataset.source(parts), config):
+    positions = [np.arange(first, min(first + size, len(source))) for first in range(0, len(source), size)]
+    for batch in _read_ahead(source, grain.MapDataset.source(positions), config.data):
         count = len(batch["label"])
         batch["mask"] = np.ones(count, bool)
         yield {
@@ -67,31 +62,34 @@ def all_batches(source: Source, config: ConfigDict, *, share: tuple[int, int] = 
 
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
-def order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch, counted from 0, sees the examples: a permutation of their positions."""
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the permutation of the positions of `count` examples in an epoch (0-based)."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def read(source: Source, positions: np.ndarray, size: int) -> Batch:
-    """Examples as squares: {"image": uint8 (count, size, size, channels), "label": int32 (count,)}.
+    """Read examples, resized and cropped to `size` x `size` pixels.
+
+    Returns:
+      {"image": uint8 (count, size, size, channels), "label": int32 (count,)}
 
     Raises:
-      ValueError: an image is damaged; names it.
+      ValueError: an image is damaged.
     """
     images = np.empty((len(positions), size, size, source.channels), np.uint8)
     labels = np.empty(len(positions), np.int32)
-    for place, position in enumerate(positions):
+    for index, position in enumerate(positions):
         example = source[int(position)]
-        labels[place] = example["label"]
+        labels[index] = example["label"]
         try:
-            pictures.fill(images[place], example["image"])
+            image_io.decode_into(images[index], example["image"])
         except OSError as error:
-            raise ValueError(f"{source}: image {position} is damaged ({error}); prepare the set again") from error
+            raise ValueError(f"{source}: image {position} is damaged ({error}); prepare the dataset again") from error
     return {"image": images, "label": labels}
 
 
-def _read_ahead(source: Source, positions: grain.MapDataset, config: ConfigDict) -> Iterator[Batch]:
-    """At most ``data.prefetch`` batches wait in memory, and ``data.threads`` are being decoded."""
-    batches = positions.map(functools.partial(read, source, size=config.data.image_size))
-    options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=config.data.prefetch)
+def _read_ahead(source: Source, positions: grain.MapDataset, data_config: ConfigDict) -> Iterator[Batch]:
+    """Read batches in `data.threads` threads, with at most `data.prefetch` batches in memory."""
+    batches = positions.map(functools.partial(read, source, size=data_config.image_size))
+    options = grain.ReadOptions(num_threads=data_config.threads, prefetch_buffer_size=data_config.prefetch)
     return iter(batches.to_iter_dataset(options))

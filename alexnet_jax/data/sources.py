@@ -1,4 +1,4 @@
-"""Pictures before they are prepared: in a folder, in the archives of CIFAR and ImageNet, in the TFDS catalogue."""
+"""Raw datasets, before preparation: image folders, archives of CIFAR and ImageNet, the TFDS catalogue."""
 
 import contextlib
 import importlib.util
@@ -12,21 +12,21 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from alexnet_jax import data
+from alexnet_jax.data import datasets
 
-HELD_OUT = {"val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
-CIFAR_SIDE = 32
+HELD_OUT_SPLITS = {"val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+CIFAR_SIZE = 32
 CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
 IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
 
 
-class Original(NamedTuple):
-    """One picture before it is prepared.
+class RawImage(NamedTuple):
+    """One image before preparation.
 
     Attributes:
-      key: names it, wherever the pictures are: the order in which they are stored follows from it.
-      label: its class, from 0.
-      content: a picture file, its bytes, or an image (height, width, 3) of uint8.
+      key: unique name, independent of where the images are; it determines the stored order.
+      label: class, from 0.
+      content: path or bytes of an image file, or a uint8 (height, width, 3) image.
     """
 
     key: str
@@ -35,64 +35,65 @@ class Original(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Originals:
-    """Pictures to make a data set of.
+class RawDataset:
+    """Images to prepare a dataset from.
 
     Attributes:
-      name: of the data set.
-      classes: their names, in the order of the labels.
-      counts: how many there are, by split.
-      read: gives the pictures of a split.
-      size: side of the images in pixels, where they are stored as they are; None for photos of any size.
+      name: name of the dataset.
+      class_names: names in the order of the labels.
+      counts: number of images by split.
+      read: iterates over the images of a split.
+      size: side of the images in pixels if they are stored unchanged; None for photos of any size.
     """
 
     name: str
-    classes: list[str]
+    class_names: list[str]
     counts: dict[str, int]
-    read: Callable[[str], Iterator[Original]]
+    read: Callable[[str], Iterator[RawImage]]
     size: int | None = None
 
 
-def folder(path: Path) -> Originals:
-    """The pictures in ``path/train/CLASS/`` and ``path/val/CLASS/`` or ``path/test/CLASS/``; hidden files are none.
+def folder(path: Path) -> RawDataset:
+    """Return the images in `path/train/CLASS/` and `path/val/CLASS/` or `path/test/CLASS/`, but hidden files.
 
     Raises:
-      ValueError: a folder is missing or empty, cannot be read, or a class is not in all splits.
+      ValueError: a folder is missing, empty or unreadable, or a class is not in all splits.
     """
-    found = {name: path / name for name in _names(path) if name == "train" or name in HELD_OUT}
-    if "train" not in found or len(found) < 2:
+    folders = {name: path / name for name in _list_names(path) if name == "train" or name in HELD_OUT_SPLITS}
+    if "train" not in folders or len(folders) < 2:
         raise ValueError(
-            f"{path}: has {', '.join(_names(path))}; pictures to train on go into {path / 'train'}/CLASS/, held-out "
-            f"ones into {path / 'val'}/CLASS/ or {path / 'test'}/CLASS/"
+            f"{path}: must have train/CLASS/IMAGE and val/CLASS/IMAGE or test/CLASS/IMAGE, but has "
+            f"{', '.join(_list_names(path))}; move the images there"
         )
-    classes = _names(found["train"])
+    class_names = _list_names(folders["train"])
     files: dict[str, list[tuple[int, Path]]] = {}
-    for name, directory in found.items():
-        split = HELD_OUT.get(name, name)
+    for name, split_folder in folders.items():
+        split = HELD_OUT_SPLITS.get(name, name)
         if split in files:
-            raise ValueError(f"{path}: {directory.name} is a second folder for {split}; keep one of them")
-        if odd := sorted(set(classes) ^ set(_names(directory))):
+            raise ValueError(f"{path}: must have one folder for {split}, but has {name}, too; keep one of them")
+        if unmatched := sorted(set(class_names) ^ set(_list_names(split_folder))):
+            lacking = split_folder if unmatched[0] in class_names else folders["train"]
             raise ValueError(
-                f"{path}: every class needs a folder in every split, and {odd[0]!r} has none in "
-                f"{directory if odd[0] in classes else found['train']} ({len(odd)} such in all); move or delete it"
+                f"{path}: every class must have a folder in every split, but {unmatched[0]!r} has none in {lacking} "
+                f"({len(unmatched)} such classes); add or delete it"
             )
         files[split] = [
-            (label, directory / class_name / file)
-            for label, class_name in enumerate(classes)
-            for file in _names(directory / class_name)
+            (label, split_folder / class_name / file)
+            for label, class_name in enumerate(class_names)
+            for file in _list_names(split_folder / class_name)
         ]
 
-    def read(split: str) -> Iterator[Original]:
+    def read(split: str) -> Iterator[RawImage]:
         for label, file in files[split]:
-            yield Original(str(file.relative_to(path)), label, file)
+            yield RawImage(str(file.relative_to(path)), label, file)
 
-    counts = {split: len(of_split) for split, of_split in files.items()}
+    counts = {split: len(split_files) for split, split_files in files.items()}
     name = "".join(letter if letter.isalnum() else "_" for letter in path.resolve().name.lower())
-    return Originals(name, classes, counts, read)
+    return RawDataset(name, class_names, counts, read)
 
 
-def _names(directory: Path) -> list[str]:
-    """What is in a folder, sorted, without hidden files.
+def _list_names(directory: Path) -> list[str]:
+    """Return the sorted names in a folder, without hidden files.
 
     Raises:
       ValueError: it cannot be read, or is empty.
@@ -100,23 +101,23 @@ def _names(directory: Path) -> list[str]:
     try:
         names = sorted(child.name for child in directory.iterdir() if not child.name.startswith("."))
     except OSError as error:
-        raise ValueError(f"{directory}: cannot be read ({error.strerror}); it should be a folder") from error
+        raise ValueError(f"{directory}: must be a readable folder ({error.strerror}); move or delete it") from error
     if not names:
-        raise ValueError(f"{directory}: is empty; put pictures there, or delete that folder in every split")
+        raise ValueError(f"{directory}: must not be empty; add images, or delete this folder in every split")
     return names
 
 
-def cifar(classes: int, manual: Path) -> Originals:
-    """CIFAR-10 or CIFAR-100, from the archive of its binary version.
+def cifar(classes: int, manual_dir: Path) -> RawDataset:
+    """Return CIFAR-10 or CIFAR-100, read from the archive of its binary version.
 
     Args:
       classes: 10 or 100.
-      manual: the folder of the archive.
+      manual_dir: the archive's folder.
 
     Raises:
-      ValueError: the archive is not there, or is not whole.
+      ValueError: the archive is missing or incomplete.
     """
-    inside, names_file, files = {
+    inner_folder, names_file, files = {
         10: (
             "cifar-10-batches-bin",
             "batches.meta.txt",
@@ -124,122 +125,120 @@ def cifar(classes: int, manual: Path) -> Originals:
         ),
         100: ("cifar-100-binary", "fine_label_names.txt", {"train": ["train.bin"], "test": ["test.bin"]}),
     }[classes]
-    labels = {10: 1, 100: 2}[classes]  # bytes; CIFAR-100 has a coarse one before the fine one
-    archive = _archive(manual / f"cifar-{classes}-binary.tar.gz", "its web page is www.cs.toronto.edu/~kriz/cifar.html")
+    label_bytes = {10: 1, 100: 2}[classes]  # CIFAR-100 has a coarse label before the fine one
+    archive = _archive(manual_dir / f"cifar-{classes}-binary.tar.gz", "from www.cs.toronto.edu/~kriz/cifar.html")
 
-    def members(*names: str) -> bytes:
-        with _opened(archive) as tar:
-            return b"".join(_extract(tar, tar.getmember(f"{inside}/{name}")) for name in names)
+    def read_members(*names: str) -> bytes:
+        with _open_archive(archive) as tar:
+            return b"".join(_extract(tar, tar.getmember(f"{inner_folder}/{name}")) for name in names)
 
-    def read(split: str) -> Iterator[Original]:
-        rows = np.frombuffer(members(*files[split]), np.uint8)
-        examples = rows.reshape(-1, labels + 3 * CIFAR_SIDE**2)
+    def read(split: str) -> Iterator[RawImage]:
+        examples = np.frombuffer(read_members(*files[split]), np.uint8).reshape(-1, label_bytes + 3 * CIFAR_SIZE**2)
         _check_count(archive, split, len(examples), CIFAR_COUNTS[split])
         for number, example in enumerate(examples):
-            image = example[labels:].reshape(3, CIFAR_SIDE, CIFAR_SIDE).transpose(1, 2, 0)
-            yield Original(f"{split}_{number}", int(example[labels - 1]), image)
+            image = example[label_bytes:].reshape(3, CIFAR_SIZE, CIFAR_SIZE).transpose(1, 2, 0)
+            yield RawImage(f"{split}_{number}", int(example[label_bytes - 1]), image)
 
-    return Originals(f"cifar{classes}", members(names_file).decode().split(), CIFAR_COUNTS, read, CIFAR_SIDE)
+    class_names = read_members(names_file).decode().split()
+    return RawDataset(f"cifar{classes}", class_names, CIFAR_COUNTS, read, CIFAR_SIZE)
 
 
-def imagenet2012(manual: Path) -> Originals:
-    """ImageNet 2012, from the two archives that image-net.org gives to those who register.
+def imagenet2012(manual_dir: Path) -> RawDataset:
+    """Return ImageNet 2012, read from the two archives of image-net.org.
 
     Args:
-      manual: the folder of the archives.
+      manual_dir: the archives' folder.
 
     Raises:
-      ValueError: an archive is not there, or is not whole.
+      ValueError: an archive is missing or incomplete.
     """
-    where = "register on image-net.org to get it"
     archives = {
-        split: _archive(manual / f"ILSVRC2012_img_{name}.tar", where)
+        split: _archive(manual_dir / f"ILSVRC2012_img_{name}.tar", "after registration, from image-net.org")
         for split, name in (("train", "train"), ("validation", "val"))
     }
-    # The lists are TFDS's: classes in the order of its labels; for the pictures of val, in the order of their names.
+    # TFDS's lists: classes in the order of its labels, and the classes of the validation images in the order of names.
     lists = tfds.core.tfds_path("datasets/imagenet2012")
-    classes = (lists / "labels.txt").read_text().split()
-    held_out = (lists / "validation_labels.txt").read_text().split()
+    class_names = (lists / "labels.txt").read_text().split()
+    validation_classes = (lists / "validation_labels.txt").read_text().split()
 
-    def train() -> Iterator[Original]:
-        with _opened(archives["train"]) as outer:
-            for of_class in outer:
-                label = classes.index(of_class.name.removesuffix(".tar"))
-                with tarfile.open(fileobj=io.BytesIO(_extract(outer, of_class))) as inner:
-                    for picture in inner:
-                        yield Original(picture.name, label, _extract(inner, picture))
+    def read_train() -> Iterator[RawImage]:
+        with _open_archive(archives["train"]) as outer:
+            for class_archive in outer:
+                label = class_names.index(class_archive.name.removesuffix(".tar"))
+                with tarfile.open(fileobj=io.BytesIO(_extract(outer, class_archive))) as inner:
+                    for member in inner:
+                        yield RawImage(member.name, label, _extract(inner, member))
 
-    def validation() -> Iterator[Original]:
-        with _opened(archives["validation"]) as tar:
-            label_of = dict(zip(sorted(tar.getnames()), map(classes.index, held_out), strict=False))
-            for picture in tar:
-                yield Original(picture.name, label_of[picture.name], _extract(tar, picture))
+    def read_validation() -> Iterator[RawImage]:
+        with _open_archive(archives["validation"]) as tar:
+            labels = dict(zip(sorted(tar.getnames()), map(class_names.index, validation_classes), strict=False))
+            for member in tar:
+                yield RawImage(member.name, labels[member.name], _extract(tar, member))
 
-    def read(split: str) -> Iterator[Original]:
+    def read(split: str) -> Iterator[RawImage]:
         count = 0
-        for original in train() if split == "train" else validation():
+        for image in read_train() if split == "train" else read_validation():
             count += 1
-            yield original
+            yield image
         _check_count(archives[split], split, count, IMAGENET_COUNTS[split])
 
-    return Originals("imagenet2012", classes, IMAGENET_COUNTS, read)
+    return RawDataset("imagenet2012", class_names, IMAGENET_COUNTS, read)
 
 
-def _archive(path: Path, where: str) -> Path:
+def _archive(path: Path, origin: str) -> Path:
     if not path.is_file():
-        raise ValueError(f"{path}: is not there; put the archive {path.name} into that folder ({where})")
+        raise ValueError(f"{path}: must be the archive {path.name}; download it ({origin}) or give --manual_dir")
     return path
 
 
 @contextlib.contextmanager
-def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
-    """An archive that says so if it is damaged."""
+def _open_archive(archive: Path) -> Iterator[tarfile.TarFile]:
+    """Open an archive, and turn errors of a damaged one into a ValueError that names it."""
     try:
         with tarfile.open(archive) as tar:
             yield tar
     except (tarfile.TarError, EOFError, KeyError) as error:
-        raise ValueError(f"{archive}: is damaged or not whole ({error}); download it again") from error
+        raise ValueError(f"{archive}: must be complete, but is damaged ({error}); download it again") from error
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     content = b"" if file is None else file.read()
     if len(content) < member.size:
-        raise tarfile.ReadError(f"{member.name} ends early")
+        raise tarfile.ReadError(f"{member.name} is truncated")
     return content
 
 
 def _check_count(archive: Path, split: str, count: int, expected: int) -> None:
     if count != expected:
-        raise ValueError(f"{archive}: has {count} pictures for {split}, and should have {expected}; download it again")
+        raise ValueError(f"{archive}: must have {expected} images for {split}, but has {count}; download it again")
 
 
-def catalogue(name: str, data_dir: str) -> Originals | None:
-    """A set that TFDS prepares, which is done here where it was not yet.
+def catalogue(name: str, data_dir: str) -> RawDataset | None:
+    """Return a dataset of the TFDS catalogue, downloaded and prepared by TFDS if necessary.
 
     Returns:
-      None where its images are all of one size: they stay as they are.
+      None if its images are all of one size: TFDS's files are then used unchanged.
 
     Raises:
-      ValueError: TFDS has no such set, or it needs TensorFlow.
+      ValueError: TFDS has no such dataset, or needs TensorFlow to prepare it.
     """
-    builder = data.catalogue_builder(name, data_dir)
-    if not data.is_prepared(builder):
+    builder = datasets.tfds_builder(name, data_dir)
+    if not datasets.is_prepared(builder):
         if importlib.util.find_spec("tensorflow") is None:
             raise ValueError(
-                f"{name}: TFDS prepares it with TensorFlow, which is not installed: pip install tensorflow-cpu (the "
-                "extra [tf]). Training reads it without."
+                f"{name}: TFDS must have TensorFlow to prepare it (training does not); install it with\n"
+                "    pip install tensorflow-cpu"
             )
         builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)
-    image, label = data.example_keys(builder)
+    image, label = datasets.example_keys(builder)
     if None not in builder.info.features[image].shape:
         return None
 
-    def read(split: str) -> Iterator[Original]:
+    def read(split: str) -> Iterator[RawImage]:
         decoders = {image: tfds.decode.SkipDecoding()}
         for number, example in enumerate(builder.as_data_source(split=split, decoders=decoders)):
-            yield Original(f"{split}_{number}", int(example[label]), example[image])
+            yield RawImage(f"{split}_{number}", int(example[label]), example[image])
 
-    classes = builder.info.features[label].names
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-    return Originals(name.replace("/", "_").replace("-", "_"), classes, counts, read)
+    return RawDataset(name.replace("/", "_").replace("-", "_"), builder.info.features[label].names, counts, read)

@@ -1,4 +1,4 @@
-"""What is subtracted from the pixels, and how their colours vary: measured on the training images, once."""
+"""Dataset statistics, measured once on the training images: the mean image and the principal axes of the colours."""
 
 import contextlib
 import sys
@@ -10,20 +10,18 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.progress import track
 
-from alexnet_jax import batches, records
-from alexnet_jax.data import DataSet
-
-SUBTRACT = ("mean_image", "central_mean_image", "mean_pixel", "mean")
-FILE = "pixels.npz"  # in a run's folder
+from alexnet_jax.data import loader
+from alexnet_jax.data.datasets import Dataset
+from alexnet_jax.run_dir import atomic_write
 
 
-class Pixels(NamedTuple):
-    """What a net wants to know of the pixels of its training images, in grey levels of 0 to 255.
+class Statistics(NamedTuple):
+    """Statistics of the training images, in grey levels from 0 to 255.
 
     Attributes:
-      mean: (image_size, image_size, channels) of float32, which is subtracted.
-      deviations: (channels,), the standard deviations along the principal axes of the colours, largest first.
-      axes: (channels, channels), a row for each of them: a unit vector (red, green, blue).
+      mean: float32 (image_size, image_size, channels), subtracted from each image.
+      deviations: float32 (channels,), standard deviations along the principal axes of the colours, largest first.
+      axes: float32 (channels, channels), the axes as rows: unit vectors (red, green, blue).
     """
 
     mean: np.ndarray
@@ -31,96 +29,100 @@ class Pixels(NamedTuple):
     axes: np.ndarray
 
 
-def read(path: Path) -> Pixels | None:
-    """What ``write`` wrote; None where there is no such file."""
-    held = _read(path)
-    return None if held is None else Pixels(**held)
+def read(path: Path) -> Statistics | None:
+    """Read the statistics in a file; None if there is no such file."""
+    arrays = _read_arrays(path)
+    return None if arrays is None else Statistics(**arrays)
 
 
-def write(path: Path, pixels: Pixels) -> None:
-    """Keeps them in a file, such as in a run's folder, which then needs its training images no more."""
-    _write(path, pixels._asdict())
+def write(path: Path, statistics: Statistics) -> None:
+    """Write statistics to a file, atomically."""
+    _write_arrays(path, statistics._asdict())
 
 
-def of_run(workdir: Path, dataset: DataSet, config: ConfigDict) -> Pixels:
-    """What a run began with, and so goes on with; when it begins, what is ``measured``."""
-    found = read(workdir / FILE)
-    if found is None:
-        found = measured(dataset, config)
-        write(workdir / FILE, found)
-    return found
+def load_or_measure(path: Path, dataset: Dataset, data_config: ConfigDict) -> Statistics:
+    """Return the statistics in a run's file, or measure and write them if there is no such file."""
+    statistics = read(path)
+    if statistics is None:
+        statistics = measure(dataset, data_config)
+        write(path, statistics)
+    return statistics
 
 
-def measured(dataset: DataSet, config: ConfigDict) -> Pixels:
-    """Of the training images, for the ``data`` section of a config.
+def measure(dataset: Dataset, data_config: ConfigDict) -> Statistics:
+    """Measure the statistics of the training images.
 
-    All images are read, once: the result is stored beside the data set, and measured anew when that has changed.
+    All images are read once; the moments are then stored beside the dataset, under its fingerprint.
+
+    Args:
+      dataset: the dataset.
+      data_config: a config's `data` section.
     """
-    given = config.subtract == "mean"
-    if given and not config.augment.colour.noise:
-        return uniform(config, dataset.channels)
-    image, covariance = _stored_moments(dataset, config)
-    if config.subtract == "mean_pixel":
+    constant_mean = data_config.subtract == "mean"
+    if constant_mean and not data_config.augment.colour.noise:
+        return uniform(data_config, dataset.channels)
+    image, covariance = _stored_moments(dataset, data_config)
+    if data_config.subtract == "mean_pixel":
         image = np.broadcast_to(image.mean((0, 1)), image.shape)
     variances, axes = np.linalg.eigh(covariance)
     axes = axes.T[::-1]
-    axes *= np.where(axes.sum(axis=1, keepdims=True) < 0, -1, 1)  # their sign means nothing; this one is reproducible
+    axes *= np.where(axes.sum(axis=1, keepdims=True) < 0, -1, 1)  # the sign is arbitrary; make it reproducible
     deviations = np.sqrt(variances[::-1].clip(0))
-    mean = uniform(config, dataset.channels).mean if given else image.astype(np.float32)
-    return Pixels(mean, deviations.astype(np.float32), axes.astype(np.float32))
+    mean = uniform(data_config, dataset.channels).mean if constant_mean else image.astype(np.float32)
+    return Statistics(mean, deviations.astype(np.float32), axes.astype(np.float32))
 
 
-def uniform(config: ConfigDict, channels: int) -> Pixels:
-    """``data.mean`` everywhere, and colours that do not vary."""
-    mean = np.broadcast_to(np.float32(config.mean), (config.image_size, config.image_size, channels))
-    return Pixels(mean, np.zeros(channels, np.float32), np.eye(channels, dtype=np.float32))
+def uniform(data_config: ConfigDict, channels: int) -> Statistics:
+    """Return `data.mean` for every pixel, and colours without variance."""
+    mean = np.broadcast_to(np.float32(data_config.mean), (data_config.image_size, data_config.image_size, channels))
+    return Statistics(mean, np.zeros(channels, np.float32), np.eye(channels, dtype=np.float32))
 
 
-def _stored_moments(dataset: DataSet, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Mean image and covariance of the colours, from beside the data set if they are there."""
+def _stored_moments(dataset: Dataset, data_config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Return `moments`, stored in a prepared dataset's folder."""
     if dataset.folder is None:
-        return moments(dataset, config)
-    path = dataset.folder / f"pixels_{dataset.fingerprint}.npz"
-    if held := _read(path):
-        return held["image"], held["covariance"]
-    image, covariance = moments(dataset, config)
-    with contextlib.suppress(OSError):  # a folder that cannot be written to: they will be measured again
-        _write(path, {"image": image, "covariance": covariance})
+        return moments(dataset, data_config)
+    path = dataset.folder / f"statistics_{dataset.fingerprint}.npz"
+    if arrays := _read_arrays(path):
+        return arrays["image"], arrays["covariance"]
+    image, covariance = moments(dataset, data_config)
+    with contextlib.suppress(OSError):  # a read-only folder only means that they are measured again
+        _write_arrays(path, {"image": image, "covariance": covariance})
     return image, covariance
 
 
-def moments(dataset: DataSet, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Mean image and covariance of the colours over all pixels of all training images, exact to the last digit.
+def moments(dataset: Dataset, data_config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Return the exact mean image and covariance of the colours over all pixels of all training images.
 
     Returns:
-      (image_size, image_size, channels) and (channels, channels), of float64.
+      float64 (image_size, image_size, channels) and float64 (channels, channels).
     """
 
-    def of_image(position: int) -> dict[str, np.ndarray]:
-        (image,) = batches.read(dataset.train, np.array([position]), config.image_size)["image"]
+    def image_sums(position: int) -> dict[str, np.ndarray]:
+        (image,) = loader.read(dataset.train, np.array([position]), data_config.image_size)["image"]
         colours = image.reshape(-1, dataset.channels).astype(np.float64)
         return {"image": image, "products": colours.T @ colours}
 
     count = len(dataset.train)
-    images = grain.MapDataset.range(count).map(of_image)
-    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=64)
-    read = images.to_iter_dataset(options)
-    total, products = np.zeros((config.image_size, config.image_size, dataset.channels), np.uint64), np.float64(0)
-    for sums in track(read, f"mean and colours of {count:,} images", count, disable=not sys.stdout.isatty()):
-        total += sums["image"]
-        products = products + sums["products"]  # whole numbers below 2**53, even for ImageNet
+    options = grain.ReadOptions(num_threads=data_config.threads, prefetch_buffer_size=64)
+    sums = grain.MapDataset.range(count).map(image_sums).to_iter_dataset(options)
+    shape = (data_config.image_size, data_config.image_size, dataset.channels)
+    total, products = np.zeros(shape, np.uint64), np.float64(0)
+    for of_image in track(sums, f"measuring {count:,} images", count, disable=not sys.stdout.isatty()):
+        total += of_image["image"]
+        products = products + of_image["products"]  # exact: integers below 2**53, even for ImageNet
     mean = total / count
-    pixel = mean.mean((0, 1))
-    return mean, products / (count * config.image_size**2) - np.outer(pixel, pixel)
+    mean_colour = mean.mean((0, 1))
+    return mean, products / (count * data_config.image_size**2) - np.outer(mean_colour, mean_colour)
 
 
-def _read(path: Path) -> dict[str, np.ndarray] | None:
+def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
     if not path.exists():
         return None
-    with np.load(path) as held:
-        return dict(held)
+    with np.load(path) as arrays:
+        return dict(arrays)
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with records.whole(path) as unfinished, unfinished.open("wb") as file:
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)

@@ -1,10 +1,11 @@
-"""A study's runs as numbers: tables, intervals, and what they say of the paper's claims.
+"""Statistics of a study: tables, confidence intervals and verdicts on the paper's claims.
 
-Reads what the runs left on disk, or the `study.json`, `results.csv` and `curves.csv` that were kept of them. Imports
+Reads the folders of the runs, or the ``study.json``, ``results.csv`` and ``curves.csv`` that were kept of them. Imports
 neither JAX nor the model, so it works wherever the files are.
 """
 
-import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from alexnet_jax import records
+from alexnet_jax.run_dir import StudyDir
 
 METRICS = (
     "train/loss",
@@ -22,9 +23,9 @@ METRICS = (
     "eval/top1_error",
     "eval/top5_error",
 )
-# generalisation_gap is eval/top1_error less train_eval/top1_error; steps_to_25 and epochs_to_25 are when the error of
-# the training batches was first 25 % or less (paper, section 3.1), and are empty where it never was.
-DERIVED = ("generalisation_gap", "steps_to_25", "epochs_to_25")
+# Step and epoch at which the error of the training batches first was 25 % or less (paper, section 3.1).
+CENSORED = ("steps_to_25", "epochs_to_25")
+DERIVED = ("generalisation_gap", *CENSORED)  # the gap is eval/top1_error minus train_eval/top1_error
 COLOUR = ("colour/share", "colour/difference", "colour/excess")
 COLUMNS = (
     *("arm", "seed", "status", "steps", "epochs", "parameters"),
@@ -33,206 +34,306 @@ COLUMNS = (
     *COLOUR,
     *("images_per_second", "seconds"),
 )
-GOAL = 0.25
+TARGET_ERROR = 0.25
+TEXT_COLUMNS = ("arm", "status", "metric", "claim", "verdict")  # headings of names; other columns have numbers
+AT_EDGE = "at the edge of the grid: the optimum may lie outside"
 
 
 def load_study(study: Path | str) -> dict[str, Any]:
-    """What ``study.json`` says: name, arms and what each changes, sizes of their nets, claims, what was tuned.
+    """Return the description in ``study.json``: name, arms and their changes, network sizes, claims, tuning.
 
     Raises:
       ValueError: the folder is not a study's.
     """
-    described = records.read_json(Path(study) / "study.json")
-    if described is None:
-        raise ValueError(f"{study} is not the folder of a study: it has no study.json; give one like runs/ablation_lrn")
-    return described
-
-
-def run_folders(study: Path | str) -> list[tuple[str, int, Path]]:
-    """Arm, seed and folder of each run of a study, in its order; of seeds that another command added, too."""
-    study, described = Path(study), load_study(study)
-    added = {int(folder.name.removeprefix("seed_")) for folder in study.glob("*/seed_*")}
-    seeds = [*described["seeds"], *sorted(added - set(described["seeds"]))]
-    return [(arm, seed, study / arm / f"seed_{seed}") for arm in described["arms"] for seed in seeds]
+    return StudyDir(study).read()
 
 
 def load_runs(study: Path | str) -> pd.DataFrame:
-    """A row for each run of a study, in the study's order, with ``COLUMNS``; errors are fractions of 1.
+    """Return a row for each run, in the order of the study, with ``COLUMNS``; errors are fractions of 1.
 
-    ``status`` is "finished", "failed", "unfinished" or "not started"; only finished runs have numbers.
+    ``status`` is "finished", "failed", "unfinished" or "not started"; only finished runs have numbers. ``CENSORED``
+    metrics are NaN for runs that never reached the error.
 
     Args:
-      study: its folder, with its runs or with the ``results.csv`` that was kept of them.
+      study: folder with the runs, or with the ``results.csv`` that was kept of them.
 
     Raises:
       ValueError: the folder is not a study's.
     """
-    study, folders = Path(study), run_folders(study)
-    if not any(folder.exists() for _, _, folder in folders) and (study / "results.csv").exists():
-        return pd.read_csv(study / "results.csv")
+    folder = StudyDir(study)
+    if _is_summary(folder, folder.results_file):
+        return pd.read_csv(folder.results_file)
     rows = []
-    for arm, seed, folder in folders:
-        result = records.result(folder) or {}
+    for arm, seed, run in folder.runs():
+        result = run.result or {}
         derived: dict[str, float] = {}
         if {"eval/top1_error", "train_eval/top1_error"} <= result.keys():
             derived["generalisation_gap"] = result["eval/top1_error"] - result["train_eval/top1_error"]
         if result:
-            reached = [line for line in _records(folder) if line.get("train/top1_error", np.inf) <= GOAL]
-            derived |= {f"{unit}s_to_25": line[unit] for line in reached[:1] for unit in ("step", "epoch")}
-        rows.append({"arm": arm, "seed": seed, "status": records.status(folder), **result, **derived})
+            reached = first_at_target(run.metrics()) or {}
+            derived |= {f"{unit}s_to_25": value for unit in ("step", "epoch") if (value := reached.get(unit))}
+        rows.append({"arm": arm, "seed": seed, "status": run.status, **result, **derived})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def first_at_target(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the first record whose training error is at most ``TARGET_ERROR``, or None if there is none."""
+    return next((record for record in records if record.get("train/top1_error", np.inf) <= TARGET_ERROR), None)
+
+
 def load_curves(study: Path | str) -> pd.DataFrame:
-    """A row for each record of each run, finished or not: arm, seed, step, epoch and the metrics recorded there.
+    """Return a row for each record of each run, finished or not: arm, seed, step, epoch and the metrics logged there.
 
     Args:
-      study: its folder, with its runs or with the ``curves.csv`` that was kept of them.
+      study: folder with the runs, or with the ``curves.csv`` that was kept of them.
     """
-    study, folders = Path(study), run_folders(study)
-    if not any(folder.exists() for _, _, folder in folders) and (study / "curves.csv").exists():
-        return pd.read_csv(study / "curves.csv")
-    rows = [{"arm": arm, "seed": seed, **line} for arm, seed, folder in folders for line in _records(folder)]
+    folder = StudyDir(study)
+    if _is_summary(folder, folder.curves_file):
+        return pd.read_csv(folder.curves_file)
+    rows = [{"arm": arm, "seed": seed, **line} for arm, seed, run in folder.runs() for line in run.metrics()]
     return pd.DataFrame(rows, columns=None if rows else ["arm", "seed", "step", "epoch", *METRICS])
 
 
+def mean_and_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """Return the mean and the bounds of its two-sided confidence interval (Student's t).
+
+    The bounds are NaN for fewer than two values, and so is the mean of none.
+    """
+    if len(values) < 2:
+        return float(values.sum()) if len(values) else np.nan, np.nan, np.nan
+    with warnings.catch_warnings():  # of equal values, whose interval has no width, SciPy warns
+        warnings.simplefilter("ignore", RuntimeWarning)
+        interval = stats.ttest_1samp(values, 0).confidence_interval(level)
+    return float(values.mean()), float(interval.low), float(interval.high)
+
+
+def paired_effects(runs: pd.DataFrame, arm: str, metric: str, *, ratio: bool = False) -> np.ndarray:
+    """Return ``metric`` of an arm minus that of the first arm, for each seed that has both.
+
+    Args:
+      runs: as from ``load_runs``.
+      ratio: whether to subtract the logarithms.
+    """
+    columns = [runs[runs["arm"] == name].set_index("seed")[metric] for name in (runs["arm"].iloc[0], arm)]
+    pairs = pd.concat(columns, axis="columns", join="inner").dropna().to_numpy(float)
+    if ratio:
+        pairs = np.log(pairs)
+    return pairs[:, 1] - pairs[:, 0]
+
+
 def compare(runs: pd.DataFrame, metric: str = "eval/top1_error", *, ratio: bool = False) -> pd.DataFrame:
-    """The arms side by side, from their finished runs.
+    """Return the mean of ``metric`` for each arm, and its effect relative to the first arm.
 
     Args:
       runs: as from ``load_runs``.
       metric: one of its columns.
-      ratio: whether the effect is the ratio to the first arm, of geometric means, and not the difference.
+      ratio: whether the effect is the ratio of geometric means instead of the difference of means.
 
     Returns:
-      A row for each arm: n, mean, low and high (95 % interval of the mean, Student's t), and for the effect, the
-      difference to the first arm, paired by seed: pairs, effect, effect_low, effect_high. An interval needs two runs:
-      it is NaN for fewer.
+      A row for each arm: n (runs that have the metric), finished (runs), mean with its 95 % CI (low, high), and the
+      effect, paired by seed: pairs, effect, effect_low, effect_high. A CI needs two runs: it is NaN for fewer.
     """
-    by_arm = {arm: group.set_index("seed")[metric].dropna() for arm, group in runs.groupby("arm", sort=False)}
-    scale, back = (np.log, np.exp) if ratio else (np.asarray, np.asarray)
-    reference = next(iter(by_arm.values()), pd.Series(dtype=float))
-    rows = []
-    for position, (arm, values) in enumerate(by_arm.items()):
-        seeds = values.index.intersection(reference.index) if position > 0 else values.index[:0]
-        effects = scale(values[seeds].to_numpy(float)) - scale(reference[seeds].to_numpy(float))
-        numbers = (len(values), *_interval(values.to_numpy(float)), len(seeds), *back(_interval(effects)))
-        columns = ("n", "mean", "low", "high", "pairs", "effect", "effect_low", "effect_high")
-        rows.append({"arm": arm, **dict(zip(columns, numbers, strict=True))})
-    return pd.DataFrame(rows).set_index("arm")
+    back = np.exp if ratio else np.asarray
+    arms, rows = runs["arm"].unique(), []
+    for arm in arms:
+        of_arm = runs[runs["arm"] == arm]
+        values = of_arm[metric].dropna().to_numpy(float)
+        effects = np.empty(0) if arm == arms[0] else paired_effects(runs, arm, metric, ratio=ratio)
+        mean, low, high = mean_and_interval(values)
+        effect, effect_low, effect_high = back(mean_and_interval(effects))
+        rows.append(
+            {
+                "n": len(values),
+                "finished": int((of_arm["status"] == "finished").sum()),
+                "mean": mean,
+                "low": low,
+                "high": high,
+                "pairs": len(effects),
+                "effect": effect,
+                "effect_low": effect_low,
+                "effect_high": effect_high,
+            }
+        )
+    return pd.DataFrame(rows, index=pd.Index(arms, name="arm"))
 
 
-def verdict(low: float, high: float, *, nothing: float, higher: bool) -> str:
-    """What the 95 % interval of an effect says of a claim: "reproduced", "opposite", "not distinguishable", or "too few
-    seeds" where there is no interval.
+def claim_margin(claim: Mapping[str, Any]) -> float:
+    """Return the half-width of "no effect" of a claim: a factor for ratios, else in the unit of the metric.
+
+    The claim's own, or by default: half of the paper's difference, 0.005 (half a percentage point) for fractions of 1
+    without one, a factor of 1.25 for ratios. Other metrics have 0, which no effect is equivalent to.
+    """
+    if claim.get("margin") is not None:
+        return claim["margin"]
+    if claim["ratio"] is not None:
+        return 1.25
+    if claim["difference"] is not None:
+        return abs(claim["difference"]) / 2
+    return 0.005 if is_fraction(claim["metric"]) else 0.0
+
+
+def verdict(effects: np.ndarray, margin: float, *, higher: bool) -> str:
+    """Return the verdict on a claim.
+
+    "no effect" if two one-sided t-tests at 5 % show that the effect is within the margin: if its 90 % CI is.
+    Otherwise "reproduced" or "contradicted" if the 95 % CI is on one side of zero, and "inconclusive" if it contains
+    zero. "too few seeds" for fewer than two pairs.
 
     Args:
-      nothing: the effect if there is none: 0 of a difference, 1 of a ratio.
-      higher: whether the claim is that the effect is larger than that. Its size is not judged.
+      effects: differences to the first arm, one for each seed; of logarithms where the claim is about a ratio.
+      margin: half-width of "no effect", on the scale of ``effects``.
+      higher: whether the claim is that the effect is positive. The paper's size of it does not matter.
     """
-    if np.isnan([low, high]).any():
+    if len(effects) < 2:
         return "too few seeds"
-    if low <= nothing <= high:
-        return "not distinguishable"
-    return "reproduced" if (low > nothing) == higher else "opposite"
+    _, low, high = mean_and_interval(effects, 0.90)
+    if -margin < low and high < margin:
+        return "no effect"
+    _, low, high = mean_and_interval(effects, 0.95)
+    if low <= 0 <= high:
+        return "inconclusive"
+    return "reproduced" if (low > 0) == higher else "contradicted"
+
+
+def claim_effects(study: Path | str) -> pd.DataFrame:
+    """Return the claims with the effects measured, as numbers.
+
+    Returns:
+      A row for each claim: arm, metric, source, ratio (bool), paper (its effect, or NaN), effect, low, high (95 % CI),
+      pairs, margin, verdict.
+    """
+    runs, rows = load_runs(study), []
+    for claim in load_study(study)["claims"]:
+        arm, metric, ratio = claim["arm"], claim["metric"], claim["ratio"] is not None
+        paper, margin = claim["ratio"] if ratio else claim["difference"], claim_margin(claim)
+        effects = paired_effects(runs, arm, metric, ratio=ratio)
+        effect, low, high = (np.exp if ratio else np.asarray)(mean_and_interval(effects))
+        higher = paper is None or paper > (1 if ratio else 0)
+        rows.append(
+            {
+                "arm": arm,
+                "metric": metric,
+                "source": claim["source"],
+                "ratio": ratio,
+                "paper": np.nan if paper is None else paper,
+                "effect": effect,
+                "low": low,
+                "high": high,
+                "pairs": len(effects),
+                "margin": margin,
+                "verdict": verdict(effects, np.log(margin) if ratio else margin, higher=higher),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def verdicts(study: Path | str) -> pd.DataFrame:
-    """The paper's claims beside what was found: a row for each, as people read them."""
-    runs = load_runs(study)
+    """Return ``claim_effects`` as text: errors in percentage points, ratios as "6 times"."""
     rows = []
-    for said in load_study(study)["claims"]:
-        ratio = said["ratio"] is not None
-        found = compare(runs, said["metric"], ratio=ratio).loc[said["arm"]]
-        low, high = found["effect_low"], found["effect_high"]
-        size = said["ratio"] if ratio else said["difference"]
-        higher = size is None or size > (1 if ratio else 0)
-        form = _times if ratio else _points
+    for row in claim_effects(study).to_dict("records"):
+        show = _times if row["ratio"] else _signed(row["metric"])
+        margin = f"factor {row['margin']:.3g}" if row["ratio"] else show(row["margin"]).replace("+", "±")
         rows.append(
             {
-                "arm": said["arm"],
-                "metric": said["metric"],
-                "the paper": ("higher" if size is None else form(size)) + f" ({said['source']})",
-                "found": form(found["effect"]),
-                "its 95 % interval": form(low, high),
-                "pairs": f"{found['pairs']:.0f}",
-                "verdict": verdict(low, high, nothing=1.0 if ratio else 0.0, higher=higher),
+                "arm": row["arm"],
+                "metric": row["metric"],
+                "claim": f"{'higher' if np.isnan(row['paper']) else show(row['paper'])} ({row['source']})",
+                "found": show(row["effect"]),
+                "95 % CI": show(row["low"], row["high"]),
+                "pairs": str(row["pairs"]),
+                "margin": margin if row["margin"] else "",
+                "verdict": row["verdict"],
             }
         )
     return pd.DataFrame(rows)
 
 
 def table(runs: pd.DataFrame, metric: str = "eval/top1_error") -> pd.DataFrame:
-    """``compare`` as people read it: errors in percent, and an empty cell where there is nothing to say.
+    """Return ``compare`` as text: errors in percent, and an empty cell where there is no number.
 
     Args:
       runs: as from ``load_runs``.
-      metric: one of its columns.
+      metric: one of its columns. A censored one has two counts: finished runs, and those that reached the error.
     """
-    percent = is_share(metric)
-
-    def number(*values: float) -> str:
-        return _join(*(f"{100 * value:.2f}" if percent else f"{value:.4g}" for value in values), of=values)
-
-    def signed(*values: float) -> str:
-        return _points(*values) if percent else _join(*(f"{value:+.3g}" for value in values), of=values)
-
-    return pd.DataFrame(
-        [
+    show, signed, rows = _number(metric), _signed(metric), []
+    for arm, row in compare(runs, metric).iterrows():
+        counts = {"n": f"{row['finished' if metric in CENSORED else 'n']:.0f}"}
+        if metric in CENSORED:
+            counts["n reached"] = f"{row['n']:.0f}"
+        rows.append(
             {
                 "arm": arm,
-                "n": f"{row['n']:.0f}",
-                f"{metric}, %" if percent else metric: number(row["mean"]),
-                "95 % interval": number(row["low"], row["high"]),
+                **counts,
+                f"{metric}, %" if is_fraction(metric) else metric: show(row["mean"]),
+                "95 % CI": show(row["low"], row["high"]),
                 "difference": signed(row["effect"]),
-                "its 95 % interval": signed(row["effect_low"], row["effect_high"]),
+                "95 % CI of the difference": signed(row["effect_low"], row["effect_high"]),
             }
-            for arm, row in compare(runs, metric).iterrows()
-        ]
-    )
+        )
+    return pd.DataFrame(rows)
 
 
 def size_notes(study: Path | str) -> dict[str, str]:
-    """By arm, in what its net is not as large as the first arm's: parameters, and maps by layer; "" where it is."""
+    """Return for each arm how the size of its network differs from the first arm's; "" if it does not."""
     sizes = load_study(study).get("sizes", {})
     reference: dict[str, Any] = next(iter(sizes.values()), {})
     notes = {}
     for arm, size in sizes.items():
-        changed = []
+        changes = []
         if size["parameters"] != reference["parameters"]:
-            changed.append(f"parameters {reference['parameters']:,} to {size['parameters']:,}")
+            changes.append(f"parameters {reference['parameters']:,} to {size['parameters']:,}")
         for layer in reference["maps"] | size["maps"]:
-            before, after = (of["maps"].get(layer, "none") for of in (reference, size))
+            before, after = (of_arm["maps"].get(layer, "none") for of_arm in (reference, size))
             if before != after and layer != "logits":
-                changed.append(f"{layer} {before} to {after}")
-        notes[arm] = "; ".join(changed)
+                changes.append(f"{layer} {before} to {after}")
+        notes[arm] = "; ".join(changes)
     return notes
 
 
-def is_share(metric: str) -> bool:
-    """Whether it is a fraction of 1 that people read in percent."""
-    return metric.endswith("error") or metric == "generalisation_gap" or metric.startswith("colour/")
+def tuning_notes(study: Path | str) -> dict[str, str]:
+    """Return for each tuned arm the value that it chose, whether that is at the edge of the grid, and all scores."""
+    tuning, notes = load_study(study).get("tuning") or {"arms": {}}, {}
+    metric = tuning.get("metric", "validation/top1_error")
+    for arm, tuned in tuning["arms"].items():
+        scores = tuned.get("scores") or tuned["errors"]
+        values = list(scores)
+        edge = f", {AT_EDGE}" if tuned.get("at_edge", str(tuned["chosen"]) in (values[0], values[-1])) else ""
+        shown = ", ".join(f"{value}: {_score(metric, score)}" for value, score in scores.items())
+        notes[arm] = f"{tuning['key']} = {tuned['chosen']}{edge}. Tuned by {metric} ({shown})"
+    return notes
 
 
-def _records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in records.complete_lines(folder / "metrics.jsonl")]
+def is_fraction(metric: str) -> bool:
+    """Return whether a metric is a fraction of 1, shown in percent."""
+    return metric.endswith("_error") or metric in ("generalisation_gap", *COLOUR)
 
 
-def _interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and its 95 % interval."""
-    if len(values) < 2:
-        return (values.mean() if len(values) else np.nan), np.nan, np.nan
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return values.mean(), values.mean() - half, values.mean() + half
+def _is_summary(study: StudyDir, file: Path) -> bool:
+    """Return whether only a file that summarises the runs is there, and not the runs."""
+    return file.exists() and not any(run.path.exists() for _, _, run in study.runs())
 
 
-def _join(*texts: str, of: tuple[float, ...]) -> str:
-    return "" if np.isnan(of).any() else " to ".join(texts)
+def _score(metric: str, score: float | None) -> str:
+    if score is None:
+        return "failed"
+    if np.isinf(score):
+        return "never reached"
+    return _number(metric)(score) + (" %" if is_fraction(metric) else "")
 
 
-def _points(*values: float) -> str:
-    return _join(*(f"{100 * value:+.2f}" for value in values), of=values)
+def _number(metric: str) -> Callable[..., str]:
+    return lambda *values: _join(values, lambda value: f"{100 * value:.2f}" if is_fraction(metric) else f"{value:.4g}")
+
+
+def _signed(metric: str) -> Callable[..., str]:
+    return lambda *values: _join(
+        values, lambda value: f"{100 * value:+.2f}" if is_fraction(metric) else f"{value:+.3g}"
+    )
 
 
 def _times(*values: float) -> str:
-    return _join(*(f"{value:.3g} times" if len(values) == 1 else f"{value:.3g}" for value in values), of=values)
+    return _join(values, lambda value: f"{value:.3g}" + (" times" if len(values) == 1 else ""))
+
+
+def _join(values: tuple[float, ...], show: Callable[[float], str]) -> str:
+    return "" if np.isnan(values).any() else " to ".join(map(show, values))

@@ -1,15 +1,22 @@
-"""Plots of a study's runs. Imports neither JAX nor the model."""
+"""Plots of a study's runs, from the data frames of ``analysis``. Imports neither JAX nor the model."""
+
+from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alexnet_jax.results import GOAL, compare, is_share
+from alexnet_jax.studies.analysis import TARGET_ERROR, compare, is_fraction
 
 
 def plot_arms(runs: pd.DataFrame, metric: str = "eval/top1_error") -> Figure:
-    """A metric of each arm: a dot for every seed, a diamond for the mean, a line for its 95 % interval."""
-    compared = compare(runs, metric)
-    scale = 100 if is_share(metric) else 1
+    """Plot a metric of each arm: a dot for each seed, a diamond for the mean, a line for its 95 % CI.
+
+    Args:
+      runs: as from ``load_runs``.
+      metric: one of its columns.
+    """
+    compared, scale = compare(runs, metric), _scale(metric)
     figure = Figure(figsize=(7, 0.8 + 0.4 * len(compared)), layout="constrained")
     axes = figure.add_subplot()
     for place, (arm, row) in enumerate(compared.iterrows()):
@@ -17,18 +24,47 @@ def plot_arms(runs: pd.DataFrame, metric: str = "eval/top1_error") -> Figure:
         axes.plot(values, [place] * len(values), "o", color=f"C{place}", alpha=0.5, markersize=5)
         axes.plot([row["low"] * scale, row["high"] * scale], [place] * 2, color=f"C{place}")
         axes.plot(row["mean"] * scale, place, "D", color=f"C{place}")
-    axes.set_yticks(range(len(compared)), list(compared.index))
-    axes.set(xlabel=_label(metric), ylim=(len(compared) - 0.5, -0.5))
-    axes.grid(axis="x", alpha=0.3)
+    _name_rows(axes, list(compared.index), _label(metric))
+    return figure
+
+
+def plot_effects(effects: pd.DataFrame) -> Figure:
+    """Plot the claims as a forest plot: differences of errors, ratios, and other differences on axes of their own.
+
+    A dot and a line are the effect measured and its 95 % CI, the diamond is the paper's effect, the grey band the
+    margin of "no effect".
+
+    Args:
+      effects: as from ``claim_effects``; of several studies, if their frames are concatenated.
+    """
+    units = effects.apply(_unit, axis="columns")
+    counts = units.value_counts(sort=False)
+    figure = Figure(figsize=(7, 0.4 * len(effects) + 0.9 * len(counts)), layout="constrained")
+    grid: Any = figure.subplots(len(counts), squeeze=False, height_ratios=[count + 1 for count in counts])
+    for axes, unit in zip(grid[:, 0], counts.index, strict=True):
+        of_unit = effects[units == unit]
+        scale, none = (100, 0) if unit == POINTS else (1, 1) if unit == RATIO else (1, 0)
+        axes.axvline(none, color="black", linewidth=1)
+        if unit == RATIO:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+        for place, row in enumerate(of_unit.itertuples()):
+            band = (1 / row.margin, row.margin) if unit == RATIO else (-row.margin * scale, row.margin * scale)
+            axes.fill_betweenx([place - 0.35, place + 0.35], *band, color="gray", alpha=0.25, linewidth=0)
+            axes.plot([row.low * scale, row.high * scale], [place] * 2, color="C0")
+            axes.plot(row.effect * scale, place, "o", color="C0")
+            axes.plot(row.paper * scale, place, "D", color="C1", fillstyle="none")
+        _name_rows(axes, [f"{row.arm}: {row.metric}" for row in of_unit.itertuples()], unit)
     return figure
 
 
 def plot_curves(curves: pd.DataFrame, metric: str, *, log: bool = False) -> Figure:
-    """A metric against epochs: a line for each arm's mean over its seeds, a band from the lowest to the highest.
+    """Plot a metric against epochs: a line for each arm's mean over seeds, a band from the lowest to the highest.
 
     Args:
       curves: as from ``load_curves``.
-      log: whether the metric's axis is logarithmic.
+      metric: one of its columns.
+      log: whether the axis of the metric is logarithmic.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -43,28 +79,52 @@ def plot_curves(curves: pd.DataFrame, metric: str, *, log: bool = False) -> Figu
 
 
 def plot_figure_1(curves: pd.DataFrame) -> Figure:
-    """The paper's figure 1: training error against epochs, the first arm solid and the others dashed, the 25 % line."""
+    """Plot the paper's figure 1: training error against epochs, the first arm solid, the others dashed, 25 % dotted.
+
+    Args:
+      curves: as from ``load_curves``.
+    """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for place, (arm, by_epoch) in enumerate(_by_epoch(curves, "train/top1_error")):
         axes.plot(by_epoch.index, by_epoch["mean"], label=arm, linestyle="-" if place == 0 else "--", color=f"C{place}")
-    axes.axhline(100 * GOAL, color="gray", linestyle=":")
-    axes.annotate("25 %", (1, 100 * GOAL), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    axes.axhline(100 * TARGET_ERROR, color="gray", linestyle=":")
+    axes.annotate("25 %", (1, 100 * TARGET_ERROR), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     axes.set(xlabel="epochs", ylabel="training error rate (%)", ylim=(0, None))
     if len(axes.lines) > 1:
         axes.legend(frameon=False)
     return figure
 
 
+POINTS, RATIO = "difference to the first arm (percentage points)", "ratio to the first arm"
+
+
+def _unit(effect: pd.Series) -> str:
+    """Return the label of the axis that an effect is on."""
+    if effect["ratio"]:
+        return RATIO
+    return POINTS if is_fraction(effect["metric"]) else f"difference of {effect['metric']} to the first arm"
+
+
+def _name_rows(axes: Axes, names: list[str], xlabel: str) -> None:
+    """Label the rows of a plot, the first at the top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
+    axes.grid(axis="x", alpha=0.3)
+
+
 def _by_epoch(curves: pd.DataFrame, metric: str) -> list[tuple[str, pd.DataFrame]]:
-    """By arm, mean, min and max over seeds at each epoch; errors in percent."""
-    scale = 100 if is_share(metric) else 1
-    recorded = curves.dropna(subset=[metric]) if metric in curves else curves.iloc[:0]
+    """Return for each arm the mean, min and max over seeds at each epoch; errors in percent."""
+    logged = curves.dropna(subset=[metric]) if metric in curves else curves.iloc[:0]
     return [
-        (str(arm), of_arm.groupby("epoch")[metric].agg(["mean", "min", "max"]) * scale)
-        for arm, of_arm in recorded.groupby("arm", sort=False)
+        (str(arm), of_arm.groupby("epoch")[metric].agg(["mean", "min", "max"]) * _scale(metric))
+        for arm, of_arm in logged.groupby("arm", sort=False)
     ]
 
 
+def _scale(metric: str) -> int:
+    return 100 if is_fraction(metric) else 1
+
+
 def _label(metric: str) -> str:
-    return f"{metric} (%)" if is_share(metric) else metric
+    return f"{metric} (%)" if is_fraction(metric) else metric

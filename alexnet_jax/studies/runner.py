@@ -1,5 +1,6 @@
-"""A study: every arm with every seed, each a run in a folder of its own. Several machines may share one folder."""
+"""A study: every arm with every seed, each a run in a folder of its own. Several machines may share the study's folder."""
 
+import math
 import re
 import time
 import traceback
@@ -9,12 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
 
-from alexnet_jax import logs, records, summary, train
+from alexnet_jax import train
 from alexnet_jax.config import as_json, flatten, run_config
+from alexnet_jax.metrics import write_layout
+from alexnet_jax.run_dir import RunDir, StudyDir, write_json
+from alexnet_jax.studies import report
+from alexnet_jax.studies.analysis import first_at_target
+from alexnet_jax.tools import summary
 
-POLL = 5.0  # seconds between looks at what other machines have done
+POLL_SECONDS = 5.0  # between looks at runs of other processes
+TUNING_METRICS = ("validation/top1_error", "epochs_to_25")
 
 
 @dataclass(frozen=True)
@@ -22,132 +32,177 @@ class Run:
     """One arm with one seed.
 
     Attributes:
+      arm: its name.
+      seed: of the run.
       config: of the run.
-      workdir: the run's folder.
-      labels: what it is called by in TensorBoard: arm, seed, and the fields in which the arms differ.
-      value: that is tried for the tuned field; None for the runs that are compared.
+      folder: of the run.
+      labels: names in TensorBoard: arm, seed, and the fields in which the arms differ.
+      value: a tuning run's candidate value of the tuned field; None for the runs that are compared.
     """
 
     arm: str
     seed: int
     config: ConfigDict
-    workdir: Path
+    folder: RunDir
     labels: dict[str, Any]
     value: Any = None
 
     @property
     def name(self) -> str:
-        """What people call it."""
-        return f"{self.arm}, {f'seed {self.seed}' if self.value is None else f'trying {self.value}'}"
+        """The run as messages name it."""
+        return f"{self.arm}, seed {self.seed}" + ("" if self.value is None else f", tuning with {self.value}")
 
 
-def plan(
-    config: ConfigDict, workdir: Path, only: Sequence[str] = (), chosen: dict[str, Any] | None = None
-) -> list[Run]:
-    """The runs of a study, seed by seed, so that the arms can be compared before the last one is done.
+def plan(study: ConfigDict, workdir: Path, only: Sequence[str] = (), chosen: dict[str, Any] | None = None) -> list[Run]:
+    """Return the runs of a study, seed by seed, so that arms can be compared before the last run is done.
 
     Args:
-      only: arms; none of them means all.
-      chosen: by arm, the value of the tuned field.
+      only: arms; empty means all.
+      chosen: by arm, the chosen value of the tuned field.
 
     Raises:
-      ValueError: there is no arm or no seed, a seed stands twice, or an arm changes what does not exist.
+      ValueError: no arm, no seed or a repeated seed, or an arm changes a field that does not exist.
     """
-    if not config.arms or not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise ValueError(f"a study needs arms and different seeds, and has {list(config.arms)} and {config.seeds}")
+    if not study.arms or not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        raise ValueError(f"arms={list(study.arms)}, seeds={study.seeds}: must be at least one each, without repeats")
     return [
-        _planned(config, arm, seed, workdir / arm / f"seed_{seed}", _changes(config, arm, chosen))
-        for seed in config.seeds
-        for arm in _among(config, only)
+        _planned(study, arm, seed, StudyDir(workdir).run(arm, seed), _changes(study, arm, chosen))
+        for seed in study.seeds
+        for arm in _selected(study, only)
     ]
 
 
-def candidates(config: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> list[Run]:
-    """The runs by which each arm chooses its value of the tuned field; none, where no field is tuned.
+def trials(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> list[Run]:
+    """Return the tuning runs, in which each arm tries every value of the tuned field; none if no field is tuned.
 
-    They keep images apart to decide on, and so do not train on them; their seed is none of the study's.
+    They hold out validation images and use seeds of their own, so that nothing is chosen on what the study reports.
 
     Raises:
-      ValueError: there is no such field, nothing to choose among, or the seed is one of the study's.
+      ValueError: the tuned field does not exist, there are no choices, or a seed is also one of the study's.
     """
-    tuning = config.tuning
+    tuning = study.tuning
     if not tuning.key:
         return []
-    if not tuning.choices or tuning.seed in config.seeds:
+    if not tuning.choices or not tuning.seeds or set(tuning.seeds) & set(study.seeds):
         raise ValueError(
-            f"tuning.choices={tuning.choices}, tuning.seed={tuning.seed}: must be values for {tuning.key} to choose "
-            f"among, and a seed that is none of the study's {config.seeds}"
+            f"tuning.choices={tuning.choices}, tuning.seeds={tuning.seeds}: must be values of {tuning.key}, and seeds "
+            f"other than the study's {study.seeds}"
         )
-    field = tuning.key.rpartition(".")[2]
-    other = {"eval.validation": True, "train.epochs": tuning.epochs or config.train.epochs}
+    if tuning.metric not in TUNING_METRICS:
+        raise ValueError(f"tuning.metric={tuning.metric!r}: must be one of {', '.join(TUNING_METRICS)}")
+    common = {
+        "data.validation_split": study.data.validation_split or "1/20",
+        "train.epochs": tuning.epochs or study.train.epochs,
+    }
     return [
-        _planned(config, arm, tuning.seed, workdir / arm / f"{field}_{value}", other | {tuning.key: value}, value)
+        _planned(
+            study,
+            arm,
+            seed,
+            StudyDir(workdir).trial(arm, tuning.key, value, seed),
+            common | {tuning.key: value},
+            value,
+        )
+        for seed in tuning.seeds
         for value in tuning.choices
-        for arm in _among(config, only)
+        for arm in _selected(study, only)
     ]
 
 
-def choices(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """What each arm that has tried all its values has chosen: the lowest error on validation images.
+def choices(study: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Return what each arm chose that has finished its tuning runs: the value with the lowest mean of `tuning.metric`.
 
     Returns:
-      By arm, ``chosen``, the value, and ``errors``, of each value (fractions of 1; None where the run failed). Of
-      equal errors the lower loss decides.
+      By arm: `chosen`, the value; `scores`, the mean metric of each value (None where it was never reached or a run
+      failed), and `at_edge`, whether the chosen value is the smallest or largest: the best one may lie outside.
     """
     found: dict[str, Any] = {}
-    for arm in config.arms:
-        tried = candidates(config, workdir, [arm])
-        results = {run.value: records.result(run.workdir) for run in tried}
-        failed = [run for run in tried if (run.workdir / records.FAILURE).exists()]
-        good = {value: result for value, result in results.items() if result}
-        if good and len(good) + len(failed) == len(tried):
-            best = min(good, key=lambda value: [good[value][f"validation/{name}"] for name in ("top1_error", "loss")])
-            errors = {str(value): result and result["validation/top1_error"] for value, result in results.items()}
-            found[arm] = {"chosen": best, "errors": errors}
+    for arm in study.arms:
+        runs = trials(study, workdir, [arm])
+        if not runs or any(run.folder.status not in ("finished", "failed") for run in runs):
+            continue
+        scores = {
+            value: float(np.mean([_score(run.folder, study.tuning.metric) for run in runs if run.value == value]))
+            for value in study.tuning.choices
+        }
+        best = min(scores, key=lambda value: scores[value])
+        if math.isinf(scores[best]):
+            continue
+        found[arm] = {
+            "chosen": best,
+            "scores": {str(value): None if math.isinf(score) else score for value, score in scores.items()},
+            "at_edge": best in (min(scores), max(scores)),
+        }
     return found
 
 
-def run_study(config: ConfigDict, workdir: Path | str, only: Sequence[str] = ()) -> list[Run]:
-    """Runs what is not finished and not being run elsewhere, then writes the report.
+def _score(folder: RunDir, metric: str) -> float:
+    """Return a tuning run's metric; infinity if it failed or never reached the goal."""
+    if folder.result is None:
+        return math.inf
+    if metric == "epochs_to_25":
+        record = first_at_target(folder.metrics())
+        return record["epoch"] if record else math.inf
+    return folder.result[metric]
+
+
+def run_study(study: ConfigDict, workdir: Path | str, only: Sequence[str] = ()) -> list[Run]:
+    """Run everything that is neither finished nor being run by another process, then write the report.
 
     Args:
-      config: of a file in ``configs/``.
+      study: as from `config.load_study`.
       workdir: the study's folder.
-      only: arms to run; none of them means all.
+      only: arms to run; empty means all.
 
     Returns:
-      The runs that failed. What failed them is in their ``failure.json``; it did not keep others from running.
+      The runs that failed; their errors are in failure.json. A failed run does not stop the others.
 
     Raises:
       ValueError: some run cannot run as configured; none was started.
     """
     workdir = Path(workdir)
-    runs, tries = plan(config, workdir, only), candidates(config, workdir, only)
+    runs, tuning_runs = plan(study, workdir, only), trials(study, workdir, only)
     sizes = {}
-    for run in plan(config, workdir)[: len(config.arms)] + tries:
-        dataset, _ = train.prepare(run.config)
+    for run in plan(study, workdir)[: len(study.arms)] + tuning_runs:
+        dataset = train.open_run(run.config).dataset
         sizes[run.arm] = summary.sizes(run.config, dataset.classes, dataset.channels)
-    _check_folders(tries or runs)
-    _describe(config, workdir, sizes)
-    logs.write_layout(workdir)
-    failed = _run_all(tries, wait=True)
-    if tries:
-        chosen = {arm: found["chosen"] for arm, found in choices(config, workdir).items()}
-        runs = [run for run in plan(config, workdir, only, chosen) if run.arm in chosen]
+    _check_folders(tuning_runs or runs)
+    _describe(study, workdir, sizes)
+    write_layout(workdir)
+    failed = _run_all(tuning_runs, wait=True)
+    if tuning_runs:
+        chosen = {arm: choice["chosen"] for arm, choice in choices(study, workdir).items()}
+        runs = [run for run in plan(study, workdir, only, chosen) if run.arm in chosen]
         _check_folders(runs)
-        _describe(config, workdir, sizes)
+        _describe(study, workdir, sizes)
     failed += _run_all(runs)
-    from alexnet_jax import report  # what it draws and calculates with would keep the first step waiting
-
     report.write(workdir)
     return failed
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Seeds as a flag has them: "0:5" is 0 to 4, "0,2,4" just these.
+def print_plan(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> None:
+    """Print every run with its status and size; write nothing.
 
     Raises:
-      ValueError: it is neither.
+      ValueError: some run cannot run as configured.
+    """
+    runs = trials(study, workdir, only) + plan(study, workdir, only)
+    table = Table(title=f"{len(runs)} runs in {workdir}", title_justify="left")
+    for column in ("run", "status", "parameters", "multiply-adds", "steps"):
+        table.add_column(column, justify="left" if column in ("run", "status") else "right")
+    for run in runs:
+        setup = train.open_run(run.config)
+        size = summary.sizes(run.config, setup.dataset.classes, setup.dataset.channels)
+        numbers = (f"{size['parameters']:,}", f"{size['multiply_adds']:,}", f"{setup.steps:,}")
+        table.add_row(run.name, run.folder.status, *numbers)
+    Console(width=max(Console().width, 100)).print(table)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Parse seeds: "0:5" means 0 to 4, "0,2,4" these three.
+
+    Raises:
+      ValueError: the text is neither.
     """
     if span := re.fullmatch(r"(\d+):(\d+)", text):
         return tuple(range(int(span[1]), int(span[2])))
@@ -156,84 +211,86 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     raise ValueError(f"--seeds={text}: must be a range as 0:5, which is 0 to 4, or a list as 0,2,4")
 
 
-def _among(config: ConfigDict, only: Sequence[str]) -> list[str]:
-    if unknown := set(only) - set(config.arms):
-        raise ValueError(f"--only={','.join(sorted(unknown))}: must be among the arms {', '.join(config.arms)}")
-    return [arm for arm in config.arms if arm in only or not only]
+def _selected(study: ConfigDict, only: Sequence[str]) -> list[str]:
+    """Return the arms to run, in the study's order."""
+    if unknown := set(only) - set(study.arms):
+        raise ValueError(f"--only={','.join(sorted(unknown))}: must be among the arms {', '.join(study.arms)}")
+    return [arm for arm in study.arms if arm in only or not only]
 
 
-def _planned(config: ConfigDict, arm: str, seed: int, workdir: Path, changes: dict[str, Any], value: Any = None) -> Run:
-    of_run = run_config(config, arm, seed, changes)
-    values = flatten(of_run)
-    differing = {key for name in config.arms for key in _changes(config, name)} | set(changes)
-    return Run(
-        arm, seed, of_run, workdir, {"arm": arm, "seed": seed, **{k: values[k] for k in sorted(differing)}}, value
-    )
+def _planned(study: ConfigDict, arm: str, seed: int, folder: RunDir, changes: dict[str, Any], value: Any = None) -> Run:
+    """Return a run of an arm with further changes."""
+    config = run_config(study, arm, seed, changes)
+    values = flatten(config)
+    differing = {key for name in study.arms for key in _changes(study, name)} | set(changes)
+    labels = {"arm": arm, "seed": seed, **{key: values[key] for key in sorted(differing)}}
+    return Run(arm, seed, config, folder, labels, value)
 
 
-def _changes(config: ConfigDict, arm: str, chosen: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What an arm changes; dotted keys."""
-    tuned = {config.tuning.key: chosen[arm]} if chosen and arm in chosen else {}
-    return flatten(config.arms[arm]) | tuned
+def _changes(study: ConfigDict, arm: str, chosen: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what an arm changes, by dotted key, including its chosen value of the tuned field."""
+    tuned = {study.tuning.key: chosen[arm]} if chosen and arm in chosen else {}
+    return flatten(study.arms[arm]) | tuned
 
 
 def _check_folders(runs: list[Run]) -> None:
+    """Check that no run's folder holds a run of another config."""
     for run in runs:
-        records.check_config(run.workdir, as_json(run.config))
+        run.folder.check(as_json(run.config))
 
 
-def _describe(config: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
-    """Writes ``study.json``: what the report needs to know of a study besides its runs."""
-    found = choices(config, workdir)
+def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
+    """Write study.json, which tells the report about the study."""
+    found = choices(study, workdir)
     chosen = {arm: choice["chosen"] for arm, choice in found.items()}
-    records.write_json(
-        workdir / "study.json",
+    write_json(
+        StudyDir(workdir).study_file,
         {
             "name": workdir.name,
-            "reported": f"{config.data.name}, {config.data.eval_split}",
-            "arms": {arm: _changes(config, arm, chosen) for arm in config.arms},
+            "reported": f"{study.data.name}, {study.data.eval_split}",
+            "arms": {arm: _changes(study, arm, chosen) for arm in study.arms},
             "sizes": sizes,
-            "seeds": list(config.seeds),
-            "claims": list(config.claims),
-            "tuning": {"key": config.tuning.key, "arms": found},
+            "seeds": list(study.seeds),
+            "claims": list(study.claims),
+            "tuning": {"key": study.tuning.key, "metric": study.tuning.metric, "arms": found},
         },
     )
 
 
 def _run_all(runs: list[Run], *, wait: bool = False) -> list[Run]:
-    """Runs what is not finished, and returns what failed.
+    """Run what is not finished, and return what failed.
 
     Args:
-      wait: whether to return only when what others are running has ended, too.
+      wait: return only when runs of other processes have ended, too.
     """
     failed = []
     while runs:
-        taken = []
+        busy = []
         for run in runs:
+            folder = run.folder.path
             try:
-                run.workdir.parent.mkdir(parents=True, exist_ok=True)
-                # The system takes a lock from a process that ends, however it ends.
-                with filelock.FileLock(run.workdir.parent / f".{run.workdir.name}.lock", timeout=0):
-                    if not _succeeds(run):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                # The operating system releases the lock of a process that ends, however it ends.
+                with filelock.FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
+                    if not _run_or_record_failure(run):
                         failed.append(run)
             except filelock.Timeout:
-                taken.append(run)
-        if taken:
-            print(f"being run elsewhere: {'; '.join(run.name for run in taken)}", flush=True)
-        runs = taken if wait else []
+                busy.append(run)
+        if busy:
+            print(f"being run by another process: {'; '.join(run.name for run in busy)}", flush=True)
+        runs = busy if wait else []
         if runs:
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
     return failed
 
 
-def _succeeds(run: Run) -> bool:
-    """Trains and evaluates, and keeps what went wrong, if something does."""
-    failure = run.workdir / records.FAILURE
-    failure.unlink(missing_ok=True)
+def _run_or_record_failure(run: Run) -> bool:
+    """Train and evaluate a run; on failure write failure.json and return False."""
+    run.folder.failure_file.unlink(missing_ok=True)
     try:
-        train.train_and_evaluate(run.config, run.workdir, run.labels)
-    except Exception as error:  # of whatever kind: the other runs are to go on
-        records.write_json(failure, {"error": str(error), "traceback": traceback.format_exc()})
+        train.train_and_evaluate(run.config, run.folder.path, run.labels)
+    except Exception as error:  # whatever it is, the other runs continue
+        write_json(run.folder.failure_file, {"error": str(error), "traceback": traceback.format_exc()})
         print(f"{run.name} failed: {error}", flush=True)
         return False
     return True

@@ -1,21 +1,20 @@
-"""A net's weights, from and to a run, and from and to other people's files.
+"""Convert a network's weights between runs and the files of other programs.
 
-    python -m alexnet_jax.weights SOURCE TARGET [--config=configs/nets/caffe_alexnet.py]
+SOURCE and TARGET are, by their names:
 
-SOURCE or TARGET is, by its name:
+- a folder: a run. As a target it must be new, holds a run that has done no step, and training starts from its weights.
+- NAME.npy: Caffe's layout (bvlc_alexnet.npy): by layer, kernels (height, width, in, out), channels blue, green, red.
+- NAME.safetensors, or as a source NAME.pth: torchvision's names and layout.
+- NAME.stablehlo, as a target: the forward pass from uint8 images (batch, height, width, RGB) to logits, on one device.
 
-- a folder: a run. As a target it is one that has done no step, and training goes on from there.
-- ``.npy``: Caffe's layout (``bvlc_alexnet.npy``): by layer, kernels (height, width, in, out), blue before red.
-- ``.safetensors``, or as a source ``.pth``: torchvision's names and layout.
-- ``.stablehlo``, as a target: the forward pass, uint8 images (batch, height, width, RGB) to logits, on one device.
-
---config says which net another program's file holds, or what a run is to go on as. In all these files the features of
-the towers stand side by side, as in a grouped convolution.
+--config is the architecture of the source file, or the config of the target run. In all these files the features of the
+towers are side by side, as in a grouped convolution.
 """
 
+import argparse
+import dataclasses
 import json
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,86 +25,88 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from absl import app
+from etils import epy
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, logs, model, pixels, records, train
 from alexnet_jax import config as config_lib
-from alexnet_jax.checkpoint import Weights, read_run
+from alexnet_jax import model, train
+from alexnet_jax.checkpoint import TrainedNetwork, load_run, save_run
+from alexnet_jax.data import augment, statistics
+from alexnet_jax.metrics import Progress
 from alexnet_jax.optim import BIAS, KERNEL
-from alexnet_jax.towers import TOWER
+from alexnet_jax.parallel import TOWER
+from alexnet_jax.run_dir import RunDir, atomic_write, read_json, write_json
+
+with epy.lazy_imports():  # optional: only .pth files need it
+    import torch
 
 Params = dict[str, dict[str, Any]]
 Arrays = dict[str, np.ndarray]
 
 
-def grouped(weights: Weights) -> Params:
-    """The parameters as one grouped net has them: without a tower axis, all towers' features side by side.
-
-    They are those of ``flax.linen.Conv(feature_group_count=towers)`` where a layer sees its own tower only.
-    """
-    params = jax.tree.map(lambda array: np.concatenate(list(np.asarray(array)), axis=-1), weights.params)
-    return _cut_head(weights.config, params, weights.classes)
+def grouped(network: TrainedNetwork) -> Params:
+    """Return the parameters without a tower axis: all towers' features side by side, as in a grouped convolution."""
+    params = jax.tree.map(lambda array: np.concatenate(list(np.asarray(array)), axis=-1), network.variables["params"])
+    return _crop_head(network.config, params, network.classes)
 
 
-def from_grouped(config: ConfigDict, params: Params) -> Weights:
-    """The inverse of ``grouped``; the last layer's outputs are filled up to a multiple of the towers."""
+def from_grouped(config: ConfigDict, params: Params) -> TrainedNetwork:
+    """Invert ``grouped``; pad the last layer's outputs with zeros to a multiple of the towers."""
     towers, head = config.model.towers, config.model.order[-1]
-    classes = params[head][BIAS].size
 
     def split(array: np.ndarray) -> np.ndarray:
-        filled = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, -array.shape[-1] % towers)])
-        return np.stack(np.split(filled, towers, axis=-1))
+        padded = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, -array.shape[-1] % towers)])
+        return np.stack(np.split(padded, towers, axis=-1))
 
-    return Weights(config, classes, jax.tree.map(split, params))
+    return TrainedNetwork(config, params[head][BIAS].size, {"params": jax.tree.map(split, params)}, None)
 
 
 class Layout(Protocol):
     """How another program names its arrays and lays out its kernels; biases are the same everywhere.
 
     Attributes:
-      channels: the order in which the first layer sees the colours, "RGB" or "BGR".
+      channels: order of the first layer's input channels, "RGB" or "BGR".
     """
 
     channels: str
 
     def keys(self, config: ConfigDict) -> dict[str, dict[str, str]]:
-        """What its arrays are called, by layer, then ``"kernel"`` and ``"bias"``."""
+        """Return the names of the arrays: {layer: {"kernel": name, "bias": name}}."""
 
     def encode(self, kernel: np.ndarray, layer: str, config: ConfigDict) -> np.ndarray:
-        """A layer's grouped kernel as it has it."""
+        """Convert a layer's grouped kernel to this layout."""
 
     def decode(self, kernel: np.ndarray, layer: str, config: ConfigDict) -> np.ndarray:
-        """The inverse of ``encode``."""
+        """Invert ``encode``."""
 
 
 class Caffe:
-    """Caffe's arrays as they are passed around in ``bvlc_alexnet.npy``: our layout, but blue comes first."""
+    """Caffe's layout in ``bvlc_alexnet.npy``: ours, but with channels in the order blue, green, red."""
 
     channels = "BGR"
 
     def keys(self, config: ConfigDict) -> dict[str, dict[str, str]]:
-        """By our layers' names, which are Caffe's."""
+        """Return the names of the arrays; the layers' names are Caffe's."""
         return {layer: {KERNEL: f"{layer}.weights", BIAS: f"{layer}.biases"} for layer in config.order}
 
     def encode(self, kernel: np.ndarray, layer: str, config: ConfigDict) -> np.ndarray:
-        """(height, width, in, out), or (in, out)."""
-        colours = layer == config.order[0] and kernel.ndim == 4 and kernel.shape[-2] == 3
-        return kernel[..., ::-1, :] if colours else kernel
+        """Convert to (height, width, in, out), or (in, out)."""
+        has_colours = layer == config.order[0] and kernel.ndim == 4 and kernel.shape[-2] == 3
+        return kernel[..., ::-1, :] if has_colours else kernel
 
     decode = encode
 
 
 class Torchvision:
-    """torchvision's ``alexnet``: outputs first, and maps are flattened channels first."""
+    """The layout of torchvision's ``alexnet``: outputs first, feature maps flattened channels first."""
 
     channels = "RGB"
 
     def keys(self, config: ConfigDict) -> dict[str, dict[str, str]]:
-        """By position in ``torch.nn.Sequential``."""
+        """Return the names of the arrays, which number the modules of ``torch.nn.Sequential``."""
         kinds = [config.layers[layer].kind for layer in config.order]
         if kinds != ["conv"] * 5 + ["dense"] * 3:
-            raise ValueError(f"torchvision's layout has five conv and three dense layers, and this net has {kinds}")
+            raise ValueError(f"model.order={config.order}: must be five conv and three dense layers, as torchvision's")
         names = [f"features.{i}" for i in (0, 3, 6, 8, 10)] + [f"classifier.{i}" for i in (1, 4, 6)]
         return {
             layer: {KERNEL: f"{name}.weight", BIAS: f"{name}.bias"}
@@ -113,96 +114,97 @@ class Torchvision:
         }
 
     def encode(self, kernel: np.ndarray, layer: str, config: ConfigDict) -> np.ndarray:
-        """(out, in, height, width), or (out, in)."""
+        """Convert to (out, in, height, width), or (out, in)."""
         if kernel.ndim == 4:
             return kernel.transpose(3, 2, 0, 1)
         inputs, outputs = kernel.shape
-        return kernel.reshape(-1, _channels(layer, inputs, config), outputs).transpose(2, 1, 0).reshape(outputs, inputs)
+        channels = self._input_channels(layer, inputs, config)
+        return kernel.reshape(-1, channels, outputs).transpose(2, 1, 0).reshape(outputs, inputs)
 
     def decode(self, kernel: np.ndarray, layer: str, config: ConfigDict) -> np.ndarray:
-        """The inverse of ``encode``."""
+        """Invert ``encode``."""
         if kernel.ndim == 4:
             return kernel.transpose(2, 3, 1, 0)
         outputs, inputs = kernel.shape
-        return kernel.reshape(outputs, _channels(layer, inputs, config), -1).transpose(2, 1, 0).reshape(inputs, outputs)
+        channels = self._input_channels(layer, inputs, config)
+        return kernel.reshape(outputs, channels, -1).transpose(2, 1, 0).reshape(inputs, outputs)
+
+    def _input_channels(self, layer: str, inputs: int, config: ConfigDict) -> int:
+        """Return the channels of the feature maps that a dense layer flattens."""
+        previous = config.layers[config.order[config.order.index(layer) - 1]]
+        return previous.features if previous.kind == "conv" else inputs
 
 
-def _channels(layer: str, inputs: int, config: ConfigDict) -> int:
-    """How many channels the maps have that a dense layer flattens."""
-    before = config.layers[config.order[config.order.index(layer) - 1]]
-    return before.features if before.kind == "conv" else inputs
-
-
-def read_file(path: Path, config: ConfigDict) -> Weights:
-    """The weights in another program's file.
-
-    Mean and scale of the pixels are those that ``write_file`` left there, else the config's.
+def read_file(path: Path, config: ConfigDict) -> TrainedNetwork:
+    """Read another program's file; mean and scale of the input are those that ``write_file`` stored, else the config's.
 
     Args:
-      config: of a run: which net it is.
+      path: file to read.
+      config: a run's config, for the architecture.
 
     Raises:
-      ValueError: the file cannot be read, holds something else than arrays, or does not fit the net; names what.
+      ValueError: the file cannot be read, holds other objects than arrays, or does not fit the architecture.
     """
     if path.suffix not in _READERS:
         raise ValueError(f"{path}: must end in one of {', '.join(_READERS)}, or be a run's folder")
     try:
-        arrays, about = _READERS[path.suffix](path)
+        arrays, metadata = _READERS[path.suffix](path)
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{path}: cannot be read: {error}") from error
     layout = _LAYOUTS[path.suffix]
     keys = layout.keys(config.model)
     for key in [key for kinds in keys.values() for key in kinds.values()]:
         if key not in arrays:
-            raise ValueError(f"{path}: has no {key}, which the net needs; it has {', '.join(arrays)}")
+            raise ValueError(f"{path}: has no {key}, which the network needs; it has {', '.join(arrays)}")
     first, head = (keys[config.model.order[position]] for position in (0, -1))
-    shapes = _shapes(config, arrays[first[KERNEL]].size, arrays[head[BIAS]].size)
-    needed = _encoded(layout, shapes, config.model)
+    needed = _encode(layout, config, _shapes(config, arrays[first[KERNEL]].size, arrays[head[BIAS]].size))
     params: Params = {}
     for layer, kinds in keys.items():
         for key in kinds.values():
             if arrays[key].shape != needed[key].shape:
                 raise ValueError(
-                    f"{path}: {key} has shape {arrays[key].shape}, and {layer} needs {needed[key].shape}: "
-                    "is --config the net that the file is of?"
+                    f"{path}: {key} has shape {arrays[key].shape}, and {layer} needs {needed[key].shape}; give the "
+                    "file's architecture as --config"
                 )
-        kernel = layout.decode(arrays[kinds[KERNEL]], layer, config.model)
-        params[layer] = {KERNEL: kernel, BIAS: arrays[kinds[BIAS]]}
+        params[layer] = {
+            KERNEL: layout.decode(arrays[kinds[KERNEL]], layer, config.model),
+            BIAS: arrays[kinds[BIAS]],
+        }
     config = config.copy_and_resolve_references()
-    order = -1 if about.get("channels") == "BGR" else 1
-    if "std" in about:
-        config.data.std = tuple(about["std"][::order])
-    seen = None
-    if isinstance(about.get("mean"), str):
-        seen = pixels.read(path.with_name(about["mean"]))
-        config.data.subtract = about["subtract"]
-    elif "mean" in about:
-        config.data.update(subtract="mean", mean=tuple(about["mean"][::order]))
-    return from_grouped(config, params)._replace(pixels=seen)
+    order = -1 if metadata.get("channels") == "BGR" else 1
+    if "std" in metadata:
+        config.data.std = tuple(metadata["std"][::order])
+    measured = None
+    if isinstance(metadata.get("mean"), str):
+        measured = statistics.read(path.with_name(metadata["mean"]))
+        config.data.subtract = metadata["subtract"]
+    elif "mean" in metadata:
+        config.data.update(subtract="mean", mean=tuple(metadata["mean"][::order]))
+    return from_grouped(config, params)._replace(statistics=measured)
 
 
-def write_file(path: Path, weights: Weights) -> None:
-    """Writes ``.npy`` or ``.safetensors``; how pixels are to be prepared goes into it, or beside a ``.npy``.
+def write_file(path: Path, network: TrainedNetwork) -> None:
+    """Write ``.npy`` or ``.safetensors`` with mean and scale of the input: inside, or for ``.npy`` in ``.npy.json``.
 
-    A mean image goes into a file of its own, ``.pixels.npz``, as ``alexnet_jax.pixels`` writes it.
+    A mean image is written to a file beside it, ``.statistics.npz``.
 
     Raises:
-      ValueError: the layout has no such net, or the mean of the pixels is not known.
+      ValueError: the layout does not fit the architecture, or the statistics of the training images are unknown.
     """
-    layout, config = _LAYOUTS[path.suffix], weights.config
-    encoded = _encoded(layout, grouped(weights), config.model)
+    layout, config = _LAYOUTS[path.suffix], network.config
+    encoded = _encode(layout, config, grouped(network))
     arrays = {key: np.ascontiguousarray(array) for key, array in encoded.items()}
     order = -1 if layout.channels == "BGR" else 1
-    seen = weights.known_pixels()
+    measured = network.known_statistics()
     mean: list[float] | str
     if config.data.subtract == "mean":
         mean = list(config.data.mean)[::order]
     elif config.data.subtract == "mean_pixel":
-        mean = seen.mean[0, 0, ::order].tolist()
+        mean = measured.mean[0, 0, ::order].tolist()
     else:
-        mean = f"{path.name}.pixels.npz"
-        pixels.write(path.with_name(mean), seen)
-    about = {
+        mean = f"{path.name}.statistics.npz"
+        statistics.write(path.with_name(mean), measured)
+    metadata = {
         "channels": layout.channels,
         "pixels": "0 to 255, minus mean, divided by std",
         "subtract": config.data.subtract,
@@ -210,96 +212,102 @@ def write_file(path: Path, weights: Weights) -> None:
         "std": list(config.data.std)[::order],
         "crop": config.data.crop,
     }
-    with records.whole(path) as unfinished:
+    with atomic_write(path) as temporary:
         if path.suffix == ".safetensors":
-            metadata = {key: json.dumps(value) for key, value in about.items()}
-            safetensors.numpy.save_file(arrays, unfinished, metadata)
+            in_file = {key: json.dumps(value) for key, value in metadata.items()}
+            safetensors.numpy.save_file(arrays, temporary, in_file)
             return
-        by_layer: dict[str, list[np.ndarray]] = {}
+        layers: dict[str, list[np.ndarray]] = {}
         for name, array in arrays.items():  # kernel, then bias
-            by_layer.setdefault(name.rpartition(".")[0], []).append(array)
-        with unfinished.open("wb") as file:
-            np.save(file, np.array(by_layer, dtype=object), allow_pickle=True)
-    records.write_json(_beside(path), about)
+            layers.setdefault(name.rpartition(".")[0], []).append(array)
+        with temporary.open("wb") as file:
+            np.save(file, np.array(layers, dtype=object), allow_pickle=True)
+    write_json(_metadata_file(path), metadata)
 
 
-def _encoded(layout: Layout, params: Params, config: ConfigDict) -> Arrays:
-    """Grouped parameters as another program has them, by its keys."""
+def _encode(layout: Layout, config: ConfigDict, params: Params) -> Arrays:
+    """Convert grouped parameters to another program's arrays, by its names."""
+    keys = layout.keys(config.model)
+    for layer, arrays in params.items():
+        if layer not in keys or set(arrays) != {KERNEL, BIAS}:
+            raise ValueError(
+                f"{layer}={sorted(arrays)}: must be a kernel and a bias for .npy and .safetensors, which hold nothing "
+                "else; export the network as .stablehlo"
+            )
     return {
-        key: layout.encode(params[layer][kind], layer, config) if kind == KERNEL else params[layer][kind]
-        for layer, kinds in layout.keys(config).items()
+        key: layout.encode(params[layer][kind], layer, config.model) if kind == KERNEL else params[layer][kind]
+        for layer, kinds in keys.items()
         for kind, key in kinds.items()
     }
 
 
-def export(weights: Weights) -> bytes:
-    """The forward pass with its weights, as StableHLO that ``jax.export.deserialize`` reads; needs none of this code.
+def export(network: TrainedNetwork) -> bytes:
+    """Export the forward pass with its weights as StableHLO, which ``jax.export.deserialize`` reads without this code.
 
-    It takes uint8 images (batch, crop, crop, channels), RGB, for any batch, and gives logits (batch, classes). It
-    runs on one device, where a layer that sees its own tower only is a grouped convolution.
+    Returns:
+      The serialized function from uint8 RGB images (batch, crop, crop, channels), of any batch size, to logits (batch,
+      classes). It runs on one device; a layer that sees its own tower only is a grouped convolution.
+
+    Raises:
+      ValueError: the statistics of the training images are unknown.
     """
-    config = weights.config
-    first = weights.params[config.model.order[0]][KERNEL]
-    crop = config.data.crop
+    crop = network.config.data.crop
     (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, crop, crop, first.shape[-2]), jnp.uint8)
-    exported = jax.export.export(jax.jit(forward(weights)), platforms=("cpu", "cuda", "tpu"))(images)
+    images = jax.ShapeDtypeStruct((batch, crop, crop, network.channels), jnp.uint8)
+    exported = jax.export.export(jax.jit(forward(network)), platforms=("cpu", "cuda", "tpu"))(images)
     return bytes(exported.serialize())
 
 
-def forward(weights: Weights) -> Callable[[jax.Array], Any]:
-    """The function from uint8 images (batch, crop, crop, channels), which are centre crops, to logits.
+def forward(network: TrainedNetwork) -> Callable[[jax.Array], Any]:
+    """Return the function from centre crops, uint8 (batch, crop, crop, channels), to logits (batch, classes).
 
     Raises:
-      ValueError: the mean of the pixels is not known.
+      ValueError: the statistics of the training images are unknown.
     """
-    config, seen = weights.config.copy_and_resolve_references(), weights.known_pixels()
-    net = model.AlexNet(config.model, weights.classes)
+    config, measured = network.config.copy_and_resolve_references(), network.known_statistics()
+    alexnet = model.AlexNet(config.model, network.classes)
     crop = config.data.crop
     (centre,) = augment.evaluation_views(1, config.data.image_size, crop)
-    seen = seen._replace(mean=seen.mean[centre.top : centre.top + crop, centre.left : centre.left + crop])
+    measured = measured._replace(mean=measured.mean[centre.top : centre.top + crop, centre.left : centre.left + crop])
     config.data.image_size = crop
-    params = jax.tree.map(jnp.asarray, weights.params)  # NumPy's arrays cannot be exported
+    variables = jax.tree.map(jnp.asarray, network.variables)  # NumPy arrays cannot be exported
 
     def logits(images: jax.Array) -> Any:
-        views = augment.inputs(images, augment.View(0, 0, False), config.data, seen)
-        apply = jax.vmap(
-            lambda params: net.apply({"params": params}, views, train=False), axis_name=TOWER, out_axes=None
-        )
-        return apply(params)
+        inputs = augment.inputs(images, augment.View(0, 0, False), config.data, measured)
+        towers = jax.vmap(lambda tower: alexnet.apply(tower, inputs, train=False), axis_name=TOWER, out_axes=None)
+        return towers(variables)
 
     return logits
 
 
 def _shapes(config: ConfigDict, first_size: int, classes: int) -> Params:
-    """Zeros of the shapes that grouped parameters should have; they take no memory.
+    """Return zeros, which take no memory, of the shapes of the grouped parameters.
 
     Args:
-      first_size: number of weights of the first layer, which tells whether it sees colours.
+      config: a run's config.
+      first_size: size of the first layer's kernel, which tells whether images have colours.
+      classes: number of classes.
     """
     first = config.model.layers[config.model.order[0]]
     channels = 1 if first.kind == "conv" and first_size == first.kernel**2 * first.features else 3
     image_shape = (config.data.crop, config.data.crop, channels)
-    params = model.shapes(config.model, classes, image_shape)
+    params = model.shapes(config.model, classes, image_shape)["params"]
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         towers, *shape, features = leaf.shape
         return np.broadcast_to(np.float32(0), (*shape, towers * features))
 
-    return _cut_head(config, jax.tree.map(zeros, params), classes)
+    return _crop_head(config, jax.tree.map(zeros, params), classes)
 
 
-def _cut_head(config: ConfigDict, params: Params, classes: int) -> Params:
-    """Grouped parameters without the last layer's outputs that only fill up the towers."""
+def _crop_head(config: ConfigDict, params: Params, classes: int) -> Params:
+    """Return grouped parameters without the last layer's padding to a multiple of the towers."""
     head = config.model.order[-1]
     return params | {head: {kind: array[..., :classes] for kind, array in params[head].items()}}
 
 
-# Files. Each reader gives arrays by their keys, and what is known of the pixels that they want.
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Reads arrays, lists, dictionaries and strings, and runs nothing."""
+class _ArrayUnpickler(pickle.Unpickler):
+    """An unpickler of arrays, lists, dictionaries and strings that calls nothing else."""
 
     ALLOWED = frozenset(
         {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
@@ -320,98 +328,95 @@ def _read_npy(path: Path) -> tuple[Arrays, dict[str, Any]]:
             header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, _, dtype = header[version](file)
         except (ValueError, KeyError) as error:
-            raise pickle.UnpicklingError(f"it is no .npy file ({error})") from error
+            raise pickle.UnpicklingError(f"it is not a .npy file ({error})") from error
         if shape != () or dtype != np.dtype(object):
             raise pickle.UnpicklingError(f"it holds an array of {dtype} {shape}, not a dictionary of layers")
-        held = _ArraysOnly(file, encoding="latin1").load()  # Python 2 wrote most of them
-    layers = held.item() if isinstance(held, np.ndarray) and held.shape == () else held
+        content = _ArrayUnpickler(file, encoding="latin1").load()  # Python 2 wrote most of them
+    layers = content.item() if isinstance(content, np.ndarray) and content.shape == () else content
     if not isinstance(layers, dict):
         raise pickle.UnpicklingError(f"it holds a {type(layers).__name__}, not a dictionary of layers")
     arrays: Arrays = {}
     for layer, parts in layers.items():
         pairs = parts.items() if isinstance(parts, dict) else zip(("weights", "biases"), parts, strict=False)
         arrays |= {f"{layer}.{kind}": np.asarray(array) for kind, array in pairs}
-    return arrays, _read_beside(path)
+    return arrays, _read_metadata(path)
 
 
 def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
     with safetensors.safe_open(path, "numpy") as file:
-        metadata = file.metadata() or {}
-        about = {key: json.loads(metadata[key]) for key in ("channels", "subtract", "mean", "std") if key in metadata}
-        return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118, it is no dict
+        in_file = file.metadata() or {}
+        keys = ("channels", "subtract", "mean", "std")
+        metadata = {key: json.loads(in_file[key]) for key in keys if key in in_file}
+        return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118, not a dict
 
 
 def _read_pth(path: Path) -> tuple[Arrays, dict[str, Any]]:
     try:
-        import torch
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
-        raise ValueError(
-            f"{path}: PyTorch reads .pth files; pip install torch, or save it as .safetensors where it is"
-        ) from None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return {key: tensor.numpy() for key, tensor in state.items()}, _read_beside(path)
+        raise ValueError("PyTorch reads .pth files; pip install torch, or save it as .safetensors") from None
+    return {key: tensor.numpy() for key, tensor in state.items()}, _read_metadata(path)
 
 
 _READERS = {".npy": _read_npy, ".safetensors": _read_safetensors, ".pth": _read_pth}
 _LAYOUTS: dict[str, Layout] = {".npy": Caffe(), ".safetensors": Torchvision(), ".pth": Torchvision()}
 
 
-def _beside(path: Path) -> Path:
+def _metadata_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _read_beside(path: Path) -> dict[str, Any]:
-    return records.read_json(_beside(path)) or {}
+def _read_metadata(path: Path) -> dict[str, Any]:
+    return read_json(_metadata_file(path)) or {}
 
 
-def convert(source: Path, target: Path, config: ConfigDict | None = None) -> Weights:
-    """Reads one kind of file or run and writes another; see the head of this file.
+def convert(source: Path, target: Path, config: ConfigDict | None = None) -> TrainedNetwork:
+    """Read a run or file and write it as another one; the names decide (see the module's docstring).
 
     Args:
-      config: of a run; needed where the source is another program's file.
+      source: file or run to read.
+      target: file or run to write.
+      config: a run's config; required if the source is a file.
 
     Raises:
-      ValueError: the source cannot be read or does not fit, or the target cannot be written or is a run already.
+      ValueError: the source cannot be read or does not fit, or the target cannot be written or exists as a folder.
     """
     if target.suffix == ".pth":
-        raise ValueError(f"{target}: .pth files are read, not written; PyTorch reads .safetensors, too")
+        raise ValueError(f"{target}: must not be .pth, which is read only; PyTorch reads .safetensors, too")
     if not target.absolute().parent.is_dir():
-        raise ValueError(f"{target}: there is no folder {target.parent}")
+        raise ValueError(f"{target}: must be in an existing folder, and {target.parent} does not exist")
     if source.is_dir():
-        weights = read_run(source)
-        weights = weights if config is None else weights._replace(config=config)
+        network = load_run(source)
+        network = network if config is None else network._replace(config=config)
     elif config is None:
-        raise ValueError(f"{source}: say which net it is of: --config=configs/nets/...")
+        raise ValueError(f"{source}: must come with its architecture; give --config=configs/networks/...")
     else:
-        weights = read_file(source, config)
+        network = read_file(source, config)
     if target.suffix in (".npy", ".safetensors"):
-        write_file(target, weights)
+        write_file(target, network)
     elif target.suffix == ".stablehlo":
-        with records.whole(target) as unfinished:
-            unfinished.write_bytes(export(weights))
+        with atomic_write(target) as temporary:
+            temporary.write_bytes(export(network))
     else:
-        train.save_start(weights, target)
-    return weights
+        state, progress = train.new_state(network.config, network.variables), dataclasses.asdict(Progress())
+        save_run(RunDir(target), network, state, progress)
+    return network
 
 
-def main(argv: list[str]) -> None:
-    """Converts, and says how the pixels are to be prepared."""
-    if len(argv) != 3:
-        raise app.UsageError("say what to read and what to write: SOURCE TARGET")
-    logs.quiet_libraries()
-    study = config_lib.FLAG.value
-    try:
-        config = None if study is None else config_lib.reference_run(study)
-        weights = convert(Path(argv[1]), Path(argv[2]), config)
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    data = weights.config.data
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb convert."""
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="run or file to read")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="run or file to write")
+    parser.add_argument("--config", metavar="FILE[:SCALE]", help="architecture of a file, or config of the target run")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Convert, and print what the network expects of its input."""
+    config = None if arguments.config is None else config_lib.reference_run(arguments.config)
+    network = convert(arguments.source, arguments.target, config)
+    data = network.config.data
     print(
-        f"{argv[2]}: {model.count_parameters(weights.params):,} parameters, for {data.crop}x{data.crop} pixels of "
-        f"0 to 255 minus {data.mean if data.subtract == 'mean' else data.subtract.replace('_', ' ')}, "
-        f"divided by {data.std} (red, green, blue)"
+        f"{arguments.target}: {model.count_parameters(network.variables['params']):,} parameters; input "
+        f"{data.crop}x{data.crop} pixels of 0 to 255, minus "
+        f"{data.mean if data.subtract == 'mean' else data.subtract.replace('_', ' ')}, divided by {data.std} (RGB)"
     )
-
-
-if __name__ == "__main__":
-    app.run(main, flags_parser=config_lib.parse_flags)

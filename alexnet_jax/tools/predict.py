@@ -1,11 +1,11 @@
-"""What a trained net sees in pictures: python -m alexnet_jax.predict --run=DIR [--views=10] [--neighbours=6] IMAGE...
+"""Predict the classes of image files with a trained network.
 
-Prints the five most probable classes of each and draws the paper's figure 4: those on the left, and on the right the
-held-out images that are nearest to it in the last hidden layer.
+Prints the five most probable classes of each and draws the paper's figure 4: these classes on the left; on the right
+the held-out images that are nearest in the last hidden layer.
 """
 
 import argparse
-import sys
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,159 +18,155 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from alexnet_jax import augment, batches, checkpoint, data, evaluate, logs, panels, pictures, records, towers
-from alexnet_jax.checkpoint import Weights
+from alexnet_jax import checkpoint, evaluate, figures
+from alexnet_jax.data import augment, datasets, image_io, loader
+from alexnet_jax.data.datasets import Source
+from alexnet_jax.data.statistics import Statistics
+from alexnet_jax.evaluate import Predictor
+from alexnet_jax.figures import Prediction
 from alexnet_jax.model import AlexNet
-from alexnet_jax.panels import Prediction
-from alexnet_jax.pixels import Pixels
-from alexnet_jax.towers import TOWER, Executor, all_rows, own_rows
+from alexnet_jax.parallel import TOWER, Executor, ensure_host_devices, make_executor
+from alexnet_jax.run_dir import RunDir, read_json
 
 
 def predict(
-    workdir: Path, files: Sequence[Path], *, views: int | None = None, neighbours: int = 0, data_dir: str | None = None
+    run_dir: Path, files: Sequence[Path], *, views: int | None = None, neighbours: int = 0, data_dir: str | None = None
 ) -> list[Prediction]:
-    """What the net of a run says of pictures.
+    """Predict the classes of image files with the network of a run.
 
     Args:
-      workdir: the run's folder.
-      files: of any format and size; scaled and cut as in preparation (paper, section 2).
-      views: 1 or 10 of each; None: as the run's config has it.
-      neighbours: how many of the held-out images to find, by Euclidean distance of ``features`` (section 6.1).
-      data_dir: where data sets are; None: as the run's config has it.
+      run_dir: the run's folder.
+      files: image files of any size; resized and cropped as in preparation (paper, section 2).
+      views: 1 or 10 per image; None: as the run's config.
+      neighbours: number of nearest held-out images to find, by Euclidean distance of ``features`` (section 6.1).
+      data_dir: folder of datasets; None: as the run's config.
 
     Raises:
-      ValueError: the folder holds no run that has begun, a file is no picture, or there are fewer held-out images.
+      ValueError: the folder holds no run with a checkpoint, a file is not an image, or there are fewer held-out images.
     """
-    run = checkpoint.read_run(workdir)
-    config = run.config.copy_and_resolve_references()
+    network = checkpoint.load_run(run_dir)
+    config = network.config.copy_and_resolve_references()
     config.eval.views = views or config.eval.views
     config.data.data_dir = config.data.data_dir if data_dir is None else data_dir
-    names = (records.read_json(workdir / "dataset.json") or {}).get("class_names", list(map(str, range(run.classes))))
-    images = np.stack([_read(file, run) for file in files])
-    seen, executor = run.known_pixels(), Executor(config.train.executor, config.model.towers)
-    params = executor.place(run.params)
+    metadata = read_json(RunDir(run_dir).dataset_file) or {}
+    names = metadata.get("class_names") or [str(label) for label in range(network.classes)]
+    images = np.stack([_read(file, config.data.image_size, network.channels) for file in files])
+    executor = make_executor(config.train.executor, config.model.towers, config.eval.batch_size)
+    variables, statistics = executor.place(network.variables), executor.replicate(network.known_statistics())
     nearest: list[list[tuple[np.ndarray, str]]] = [[] for _ in files]
     if neighbours:
-        held_out = data.load(config.data).evaluation
+        held_out = datasets.load(config.data).evaluation
         if neighbours > len(held_out):
             raise ValueError(f"--neighbours={neighbours}: must be at most the {len(held_out)} held-out images")
-        nearest = _neighbours(config, run.classes, seen, executor, params, images, held_out, names, neighbours)
-    logits = evaluate.predictor(config, run.classes, seen, executor)(params, images)
-    found = []
+        of_images = functools.partial(features(config, network.classes, executor), variables, statistics)
+        for index, positions in enumerate(_nearest(of_images, images, held_out, config, neighbours)):
+            batch = loader.read(held_out, positions, config.data.image_size)
+            nearest[index] = [
+                (image, names[label]) for image, label in zip(batch["image"], batch["label"], strict=True)
+            ]
+    logits = evaluate.make_predictor(config, network.classes, executor)(variables, statistics, images)
+    predictions = []
     for file, image, probabilities, near in zip(
         files, images, np.asarray(jax.nn.softmax(logits)), nearest, strict=True
     ):
         best = np.argsort(-probabilities, kind="stable")[:5]
-        truth = file.absolute().parent.name
-        found.append(
-            Prediction(image, truth if truth in names else None, [names[i] for i in best], probabilities[best], near)
-        )
-    return found
+        folder = file.absolute().parent.name
+        truth = folder if folder in names else None
+        predictions.append(Prediction(image, truth, [names[label] for label in best], probabilities[best], near))
+    return predictions
 
 
-def features(config: ConfigDict, classes: int, pixels: Pixels, executor: Executor) -> Callable[[Any, Any], jax.Array]:
-    """The compiled function from parameters and uint8 images to what the last layer sees of their centre crops.
+def features(config: ConfigDict, classes: int, executor: Executor) -> Predictor:
+    """Return the compiled function (variables, statistics, images) -> last hidden layer of the images' centre crops.
 
-    That is the last hidden layer of all towers, (batch, neurons): 4,096 in the paper.
+    Args:
+      config: a run's config.
+      classes: number of classes.
+      executor: where to run it.
+
+    Returns:
+      A function of the arguments of ``evaluate.make_predictor`` to the features of all towers, (batch, neurons): 4,096
+      neurons in the paper.
     """
     model, last = AlexNet(config.model, classes), config.model.order[-1]
     (centre,) = augment.evaluation_views(1, config.data.image_size, config.data.crop)
 
-    def tower(params: Any, images: jax.Array) -> jax.Array:
-        inputs: list[jax.Array] = []
+    def last_inputs(variables: Any, statistics: Statistics, images: jax.Array) -> jax.Array:
+        captured: list[jax.Array] = []
 
-        def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        def capture(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             if context.module.name == last:
-                inputs.append(args[0])
+                captured.append(args[0])
             return call(*args, **kwargs)
 
-        with nn.intercept_methods(note):
-            own = augment.inputs(own_rows(images), centre, config.data, pixels)
-            model.apply({"params": params}, own, train=False)
-        (found,) = inputs
-        found = all_rows(found.reshape(len(found), -1), len(images))
-        return found if config.model.layers[last].crosses else lax.all_gather(found, TOWER, axis=1, tiled=True)
+        with nn.intercept_methods(capture):
+            model.apply(variables, augment.inputs(images, centre, config.data, statistics), train=False)
+        hidden = captured[0].reshape(len(images), -1)
+        sees_all = config.model.layers[last].sees == "all"
+        return hidden if sees_all else lax.all_gather(hidden, TOWER, axis=1, tiled=True)
 
-    return executor.map(tower, in_axes=(0, None), out_axes=None)
-
-
-def _neighbours(
-    config: ConfigDict,
-    classes: int,
-    pixels: Pixels,
-    executor: Executor,
-    params: Any,
-    images: np.ndarray,
-    held_out: data.Source,
-    names: Sequence[str],
-    count: int,
-) -> list[list[tuple[np.ndarray, str]]]:
-    """The nearest held-out images to each image, with the names of their classes."""
-    of_net = features(config, classes, pixels, executor)
-    wanted = np.asarray(of_net(params, images), np.float64)
-    distances = np.concatenate(
-        [
-            np.linalg.norm(
-                wanted[:, None] - np.asarray(of_net(params, batch["image"]), np.float64)[batch["mask"]], axis=2
-            )
-            for batch in batches.all_batches(held_out, config)
-        ],
-        axis=1,
-    )
-    found = []
-    for positions in np.argsort(distances, axis=1, kind="stable")[:, :count]:
-        read = batches.read(held_out, positions, config.data.image_size)
-        found.append([(image, names[label]) for image, label in zip(read["image"], read["label"], strict=True)])
-    return found
+    return evaluate.map_over_batch(last_inputs, executor)
 
 
-def _read(file: Path, run: Weights) -> np.ndarray:
-    """A picture as the net's images are: square, grey or in colour."""
-    channels = run.params[run.config.model.order[0]]["kernel"].shape[-2]
+def _nearest(
+    of_images: Callable[[np.ndarray], jax.Array], images: np.ndarray, held_out: Source, config: ConfigDict, count: int
+) -> np.ndarray:
+    """Return the positions (images, count) of the held-out images of the least distance, nearest first.
+
+    Args:
+      of_images: function from uint8 images to features (batch, neurons).
+      images: uint8 (images, size, size, channels).
+      held_out: images to search.
+      config: a run's config.
+      count: number of neighbours.
+    """
+    queries = np.asarray(of_images(images), np.float64)
+    distances = []
+    for batch in loader.all_batches(held_out, config, config.eval.batch_size):
+        candidates = np.asarray(of_images(batch["image"]), np.float64)[batch["mask"]]
+        distances.append(np.linalg.norm(queries[:, None] - candidates, axis=2))
+    return np.argsort(np.concatenate(distances, axis=1), axis=1, kind="stable")[:, :count]
+
+
+def _read(file: Path, size: int, channels: int) -> np.ndarray:
+    """Read an image file as the network's input, uint8 (size, size, channels)."""
     try:
-        return pictures.square(pictures.decode(file.read_bytes(), channels), run.config.data.image_size)
+        return image_io.resize_and_crop(image_io.decode(file.read_bytes(), channels), size)
     except OSError as error:
-        raise ValueError(f"{file}: is no picture that can be read ({error}); give JPEG, PNG or the like") from error
+        raise ValueError(f"{file}: cannot be read as an image ({error}); give JPEG, PNG or the like") from error
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Prints the most probable classes of each picture, and draws them."""
-    parser = argparse.ArgumentParser(prog="python -m alexnet_jax.predict", description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="a run's folder, such as runs/ablation_lrn/lrn/seed_0")
-    parser.add_argument("--views", type=int, choices=(1, 10), help="of each picture; by default as the run has it")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb predict."""
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run, such as runs/ablation_lrn/lrn/seed_0")
+    parser.add_argument("--views", type=int, choices=(1, 10), help="views per image; default: as the run's config")
     parser.add_argument(
-        "--neighbours", type=int, default=6, help="held-out images to find for each; 0: none, no data set"
+        "--neighbours", type=int, default=6, help="held-out images to find for each image; 0: none, needs no dataset"
     )
-    parser.add_argument("--data_dir", help="where data sets are; by default as the run has it")
-    parser.add_argument("--output", type=Path, default=Path("predictions.png"), help="the drawing; %(default)s")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a picture")
-    arguments = parser.parse_args(argv)
-    logs.quiet_libraries()
-    config = records.read_json(arguments.run / "config.json")
-    towers.ensure_host_devices(config["model"]["towers"] if config else 1)
-    try:
-        if arguments.neighbours < 0:
-            raise ValueError(f"--neighbours={arguments.neighbours}: must be 0 or more")
-        found = predict(
-            arguments.run,
-            arguments.images,
-            views=arguments.views,
-            neighbours=arguments.neighbours,
-            data_dir=arguments.data_dir,
-        )
-        panels.save(panels.figure_4(found), arguments.output)
-    except (ValueError, OSError) as error:
-        sys.exit(f"predict: {error}")
-    table = Table()
-    for column in ("picture", "class", "probability, %"):
-        table.add_column(column, justify="right" if "%" in column else "left")
-    for file, prediction in zip(arguments.images, found, strict=True):
+    parser.add_argument("--data_dir", help="folder of datasets; default: as the run's config")
+    parser.add_argument("--output", type=Path, default=Path("predictions.png"), help="figure; default: %(default)s")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image file")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Print the most probable classes of each image, and draw them."""
+    if arguments.neighbours < 0:
+        raise ValueError(f"--neighbours={arguments.neighbours}: must be 0 or more")
+    config = RunDir(arguments.run).read_config()
+    ensure_host_devices(config.model.towers if config else 1)
+    predictions = predict(
+        arguments.run,
+        arguments.images,
+        views=arguments.views,
+        neighbours=arguments.neighbours,
+        data_dir=arguments.data_dir,
+    )
+    figures.save(figures.figure_4(predictions), arguments.output)
+    table = Table("image", "class")
+    table.add_column("probability, %", justify="right")
+    for file, prediction in zip(arguments.images, predictions, strict=True):
         for name, probability in zip(prediction.classes, prediction.probabilities, strict=True):
             table.add_row(str(file) if name == prediction.classes[0] else "", name, f"{100 * probability:.2f}")
         table.add_section()
     Console().print(table)
     print(arguments.output)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,44 +1,37 @@
-"""What a net is made of, as a table to hold against the paper's figure 2; and what training it costs on paper.
+"""Print the layers of a network as a table, to compare with the paper's figure 2; only shapes are computed."""
 
-    python -m alexnet_jax.summary --config=configs/nets/paper.py [--classes=1000] [--channels=3]
-        [--devices=2 [--flops=65e9 --bandwidth=10e9 --link=5e9]]
-
-Nothing is computed but shapes.
-"""
-
+import argparse
 import math
-import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from alexnet_jax import config as config_lib
-from alexnet_jax import cost, logs, model
-from alexnet_jax.cost import Cost, Peak
+from alexnet_jax import model
+from alexnet_jax.data import datasets
 from alexnet_jax.optim import KERNEL
-from alexnet_jax.towers import TOWER
+from alexnet_jax.parallel import TOWER
 
 
 class Row(NamedTuple):
     """One layer, of all towers together.
 
     Attributes:
-      name: of the layer; "logits" is what all towers' last layers make together.
+      name: name of the layer; "logits" for the gathering of all towers' logits.
       kind: "conv", "local" or "dense"; "" for the logits.
-      maps: (height, width, features) before pooling, or (features,).
-      kernel: (height, width, channels seen), or (neurons seen,).
+      maps: shape of the feature maps, (height, width, features) before pooling, or (features,).
+      kernel: (height, width, input channels), or (input neurons,).
       stride: in pixels.
-      crosses: whether it sees all towers or its own only.
-      then: the operations that follow.
-      parameters: weights and biases.
+      sees: which towers' features it reads, "all" or "own".
+      then: operations that follow.
+      parameters: number of parameters, those of batch normalisation included.
       multiply_adds: for one image.
-      neurons: values of ``maps``.
-      exchanged: values that a tower gives away for one image: to what this layer sees, then in its normalisation.
+      neurons: number of values of the feature maps.
+      sent: activations that a tower sends for one image: before the layer, and within normalisation across towers.
     """
 
     name: str
@@ -46,73 +39,68 @@ class Row(NamedTuple):
     maps: tuple[int, ...]
     kernel: tuple[int, ...]
     stride: int
-    crosses: bool
+    sees: str
     then: tuple[str, ...]
     parameters: int
     multiply_adds: int
     neurons: int
-    exchanged: tuple[int, ...]
+    sent: tuple[int, ...]
 
 
 def rows(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> list[Row]:
-    """The layers of a net, and what is exchanged for the logits.
+    """Return the layers of a network and, for several towers, the gathering of the logits.
 
     Args:
-      config: the ``model`` section.
-      image_shape: (height, width, channels) of what the net sees.
+      config: a config's ``model`` section.
+      classes: number of classes.
+      image_shape: (height, width, channels) after cropping.
 
     Raises:
-      ValueError: a kernel or a pooling window does not fit the map it meets.
+      ValueError: a kernel or pooling window does not fit its feature map.
     """
-    net, towers = model.AlexNet(config, classes), config.towers
+    network, towers = model.AlexNet(config, classes), config.towers
 
-    def tower(own: Any) -> Any:
+    def intermediates(variables: Any) -> Any:
         images = jnp.zeros((1, *image_shape))
-        return net.apply({"params": own}, images, train=False, capture_intermediates=True, mutable=["intermediates"])[
-            1
-        ]["intermediates"]
+        options: dict[str, Any] = {"capture_intermediates": True, "mutable": ["intermediates"]}
+        return network.apply(variables, images, train=False, **options)[1]["intermediates"]
 
-    params = model.shapes(config, classes, image_shape)
-    seen = jax.eval_shape(jax.vmap(tower, axis_name=TOWER), params)
+    variables = model.shapes(config, classes, image_shape)
+    params = variables["params"]
+    outputs = jax.eval_shape(jax.vmap(intermediates, axis_name=TOWER), variables)
 
-    def exchanged(name: str) -> tuple[int, ...]:
-        found = [seen[key][0] for key in (f"{name}_exchanged", f"{name}_lrn_exchanged") if key in seen]
-        return tuple(array.size // towers for array in found) if towers > 1 else ()
+    def sent(name: str) -> tuple[int, ...]:
+        keys = [key for key in (f"{name}_sent", f"{name}_lrn_sent") if key in outputs]
+        return tuple(outputs[key][0].size // towers for key in keys) if towers > 1 else ()
 
     table = []
     for name in config.order:
         layer, kernel = config.layers[name], params[name][KERNEL].shape[1:]
-        maps = seen[name]["__call__"][0].shape[2:]
-        maps = (*maps[:-1], maps[-1] * towers)
-        weights = math.prod(kernel) * towers
-        channels = kernel[-2] if layer.kind != "local" else kernel[-2] // layer.kernel**2
+        _, _, *shape, features = outputs[name]["__call__"][0].shape  # (towers, batch, ..., features of a tower)
+        channels = kernel[-2] // layer.kernel**2 if layer.kind == "local" else kernel[-2]
         table.append(
             Row(
                 name=name,
                 kind=layer.kind,
-                maps=maps,
+                maps=(*shape, features * towers),
                 kernel=(channels,) if layer.kind == "dense" else (layer.kernel, layer.kernel, channels),
                 stride=1 if layer.kind == "dense" else layer.stride,
-                crosses=layer.crosses,
+                sees=layer.sees,
                 then=tuple(layer.then),
-                parameters=model.count_parameters(params[name]),
-                # A convolution uses each weight at every position of its map; the others use each just once.
-                multiply_adds=weights * (math.prod(maps[:-1]) if layer.kind == "conv" else 1),
-                neurons=math.prod(maps),
-                exchanged=exchanged(name),
+                parameters=model.count_parameters({key: params.get(key, {}) for key in (name, f"{name}_batch_norm")}),
+                # A convolution uses each weight at every position of its feature map; other layers use it once.
+                multiply_adds=math.prod(kernel) * towers * (math.prod(shape) if layer.kind == "conv" else 1),
+                neurons=math.prod(shape) * features * towers,
+                sent=sent(name),
             )
         )
     if towers > 1:
-        table.append(Row("logits", "", (classes,), (), 1, True, (), 0, 0, 0, exchanged("logits")))
+        table.append(Row("logits", "", (classes,), (), 1, "all", (), 0, 0, 0, sent("logits")))
     return table
 
 
 def sizes(config: ConfigDict, classes: int, channels: int) -> dict[str, Any]:
-    """How large a net is: parameters, multiply-adds for one image, and maps, by layer.
-
-    Args:
-      config: of a run.
-    """
+    """Return the size of a run's network: parameters, multiply-adds for one image, and feature maps by layer."""
     layers = rows(config.model, classes, (config.data.crop, config.data.crop, channels))
     return {
         "parameters": sum(row.parameters for row in layers),
@@ -122,98 +110,55 @@ def sizes(config: ConfigDict, classes: int, channels: int) -> dict[str, Any]:
 
 
 def table(layers: list[Row], towers: int) -> Table:
-    """The rows as they are printed, with totals and what one tower has of them."""
-    printed = Table(title="multiply-adds and exchanged values are those of one image", title_justify="left")
-    for column in ("layer", "map", "kernel", "stride", "sees", "then"):
+    """Return the table that the command prints, with totals and the part of one tower."""
+    printed = Table(title="multiply-adds and activations sent are per image", title_justify="left")
+    for column in ("layer", "feature maps", "kernel", "stride", "sees", "then"):
         printed.add_column(column)
-    for column in ("parameters", "multiply-adds", "neurons", "exchanged a side"):
+    for column in ("parameters", "multiply-adds", "neurons", "sent by a tower"):
         printed.add_column(column, justify="right", no_wrap=True)
+    sees = {"all": "all towers", "own": "own tower"} if towers > 1 else {"all": "", "own": ""}
     for row in layers:
-        sees = "" if towers == 1 else "all towers" if row.crosses else "its own tower"
         printed.add_row(
             row.name,
             "x".join(map(str, row.maps)),
             "x".join(map(str, row.kernel)) + (" unshared" if row.kind == "local" else ""),
             str(row.stride) if row.kind in ("conv", "local") else "",
-            "the image" if row is layers[0] else sees,
+            "images" if row is layers[0] else sees[row.sees],
             ", ".join(row.then),
             *(f"{number:,}" if number else "" for number in (row.parameters, row.multiply_adds, row.neurons)),
-            " + ".join(f"{number:,}" for number in row.exchanged),
+            " + ".join(f"{number:,}" for number in row.sent),
         )
-    totals = [
-        sum(numbers) for numbers in zip(*((r.parameters, r.multiply_adds, r.neurons) for r in layers), strict=True)
-    ]
-    given = sum(sum(row.exchanged) for row in layers)
+    columns = zip(*((row.parameters, row.multiply_adds, row.neurons) for row in layers), strict=True)
+    totals = [sum(column) for column in columns]
+    sent = sum(sum(row.sent) for row in layers)
     printed.add_section()
-    printed.add_row("total", *[""] * 5, *(f"{number:,}" for number in totals), f"{given:,}" if given else "")
+    printed.add_row("total", *[""] * 5, *(f"{number:,}" for number in totals), f"{sent:,}" if sent else "")
     if towers > 1:
         printed.add_row(f"each of {towers} towers", *[""] * 5, *(f"{number // towers:,}" for number in totals), "")
     return printed
 
 
-def cost_table(costs: list[Cost], batch_size: int, devices: int, peak: Peak | None = None) -> Table:
-    """What one device does in a training step, as it is printed; with times, where its peak is known."""
-    where = f"each of {devices} devices" if devices > 1 else "one device"
-    title = f"a training step of {batch_size} images on {where}, 2 FLOPs for each multiply-add"
-    printed = Table(title=title, title_justify="left", caption_justify="left")
-    printed.add_column("layer")
-    columns = ["forward, FLOPs", "input gradient, FLOPs", "weight gradient, FLOPs", "memory, bytes", "exchanged, bytes"]
-    for column in [*columns, "roofline, ms"] if peak else columns:
-        printed.add_column(column, justify="right", no_wrap=True)
-
-    def add(each: Cost, layers: list[Cost]) -> None:
-        numbers = [f"{number:,}" if number else "" for number in each[1:]]
-        time = [f"{1000 * cost.seconds(layers, peak):,.3f}"] if peak and layers else []
-        printed.add_row(each.name, *numbers, *time)
-
-    for each in costs:
-        add(each, [each])
-    total = cost.total(costs)
-    printed.add_section()
-    add(total, costs)
-    if peak:
-        arithmetic = total.flops / peak.flops / cost.seconds(costs, peak)
-        printed.caption = f"{100 * arithmetic:.1f} % of the time is arithmetic"
-    if devices > 1:
-        add(Cost(f"all {devices} devices", *(devices * number for number in total[1:])), [])
-    return printed
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the verb summary."""
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:SCALE]", help="network, such as configs/networks/paper.py"
+    )
+    defaults = "default: those of the embedded dataset if the config names it, else"
+    parser.add_argument("--classes", type=int, help=f"number of classes; {defaults} 1000")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help=f"channels of the images; {defaults} 3")
 
 
-def _define_flags() -> None:
-    """Not when this file is imported: flags are everybody's, and the study's command would take these for its own."""
-    flags.DEFINE_integer("classes", None, "Classes; by default 10 for the small images, else 1000.", 1)
-    flags.DEFINE_integer("channels", None, "Channels; by default 1 for the embedded images, else 3.", 1)
-    flags.DEFINE_integer("devices", None, "Devices of a training step: prints what each does in it.", 1)
-    flags.DEFINE_float("flops", None, "FLOPs that a device can do in a second: prints times, with the next two.", 1)
-    flags.DEFINE_float("bandwidth", None, "Bytes that a device can read or write in its memory in a second.", 1)
-    flags.DEFINE_float("link", None, "Bytes that a device can send to others in a second.", 1)
-
-
-def main(argv: list[str]) -> None:
-    """Prints the tables of the flags' config."""
-    given = flags.FLAGS
-    if len(argv) > 1 or config_lib.FLAG.value is None:
-        raise app.UsageError("say which net: --config=configs/nets/paper.py")
-    logs.quiet_libraries()
-    rates = (given.flops, given.bandwidth, given.link)
-    missing = [f"--{name}" for name in ("devices", *Peak._fields) if given[name].value is None]
-    if any(rates) and missing:
-        sys.exit(f"times are of --devices, --flops, --bandwidth and --link together: {', '.join(missing)} missing")
-    run = config_lib.reference_run(config_lib.FLAG.value)
-    classes = given.classes or (1000 if run.data.name == "imagenet2012" else 10)
-    channels = given.channels or (1 if run.data.name == "mnist5k" else 3)
-    try:
-        config_lib.validate(run)
-        layers = rows(run.model, classes, (run.data.crop, run.data.crop, channels))
-        costs = cost.step(layers, run, channels, given.devices) if given.devices else []
-    except ValueError as error:
-        sys.exit(f"{config_flags.get_config_filename(flags.FLAGS['config'])}: {error}")
+def main(arguments: argparse.Namespace) -> None:
+    """Print the table of a config's reference run."""
+    run = config_lib.reference_run(arguments.config)
+    config_lib.validate(run)
+    if arguments.classes is not None and arguments.classes < 1:
+        raise ValueError(f"--classes={arguments.classes}: must be 1 or more")
+    classes, channels = 1000, 3
+    if run.data.name == datasets.EMBEDDED:
+        dataset = datasets.load(run.data)
+        classes, channels = dataset.classes, dataset.channels
+    classes, channels = arguments.classes or classes, arguments.channels or channels
+    layers = rows(run.model, classes, (run.data.crop, run.data.crop, channels))
     console = Console(width=max(Console().width, 150))
     console.print(table(layers, run.model.towers))
-    if costs:
-        console.print(cost_table(costs, run.train.batch_size, given.devices, Peak(*rates) if any(rates) else None))
-
-
-if __name__ == "__main__":
-    _define_flags()
-    app.run(main, flags_parser=config_lib.parse_flags)

@@ -1,12 +1,12 @@
-"""cuda-convnet's layers-conv-local-11pct.cfg: 11 % error. The paper sets it against the 13 % (section 3.3).
+"""cuda-convnet's layers-conv-local-11pct.cfg: 11 % error. The paper compares it with the 13 % (section 3.3).
 
-Besides normalisation it has more features in the third layer and more decay in the last: that comparison changes
+Besides normalisation it has more features in the third layer and more weight decay in the last: the comparison changes
 three things.
 """
 
 from ml_collections import ConfigDict
 
-from configs.nets import cifar_13pct
+from alexnet_jax.configs.networks import cifar_13pct
 
 
 def get_config(scale: str = "cifar10") -> ConfigDict:

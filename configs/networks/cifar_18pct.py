@@ -1,8 +1,8 @@
-"""cuda-convnet's layers-18pct.cfg: 18 % error. As `cifar_19pct`, with normalisation around each pixel of a map."""
+"""cuda-convnet's layers-18pct.cfg: 18 % error. Like `cifar_19pct`, with normalisation over neighbouring pixels."""
 
 from ml_collections import ConfigDict
 
-from configs.nets import cifar_19pct
+from alexnet_jax.configs.networks import cifar_19pct
 
 
 def get_config(scale: str = "cifar10") -> ConfigDict:

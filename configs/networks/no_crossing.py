@@ -1,21 +1,21 @@
-"""Run 150 of the authors' 2012 code: two towers that meet in the last layer only, and are wider for it.
+"""Run 150 of the authors' 2012 code: two wider towers that communicate only in the last layer.
 
-From computerhistory/AlexNet-Source-Code, layers/layers-150.cfg; the rest is run 145's (`code2012`).
+Source: computerhistory/AlexNet-Source-Code, layers/layers-150.cfg; the rest is run 145's (`code2012`).
 """
 
 from ml_collections import ConfigDict
 
-from configs.nets import code2012
+from alexnet_jax.configs import base, scales
+from alexnet_jax.configs.networks import code2012
 
-LAYERS = {
-    "conv2": {"features": 320},
-    "conv3": {"crosses": False},
-    "fc6": {"features": 8192, "crosses": False},
-    "fc7": {"crosses": False},
+CHANGES = code2012.CHANGES | {
+    "model.layers.conv2.features": 320,
+    "model.layers.conv3.sees": "own",
+    "model.layers.fc6.features": 8192,
+    "model.layers.fc6.sees": "own",
+    "model.layers.fc7.sees": "own",
 }
 
 
 def get_config(scale: str = "imagenet2012") -> ConfigDict:
-    config = code2012.get_config(scale)
-    config.model.layers.update(LAYERS)
-    return config
+    return base.get_config(scale, CHANGES, scales.PHOTOS)

@@ -1,8 +1,8 @@
-"""AlexNet as the paper's text has it: the base itself, where the text is silent as in the authors' 2012 code."""
+"""AlexNet as in the paper's text, which is the base config itself. Where the text is silent, the 2012 code decides."""
 
 from ml_collections import ConfigDict
 
-from configs import base
+from alexnet_jax.configs import base
 
 
 def get_config(scale: str = "imagenet2012") -> ConfigDict:

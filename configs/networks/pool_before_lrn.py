@@ -1,12 +1,11 @@
-"""The two-tower net as many introductions describe it: pooling first, then local response normalisation."""
+"""The two-tower network as many introductions describe it: pooling first, then local response normalisation."""
 
 from ml_collections import ConfigDict
 
-from configs import base
+from alexnet_jax.configs import base
+
+CHANGES = {f"model.layers.{layer}.then": ("activation", "max_pool", "lrn") for layer in ("conv1", "conv2")}
 
 
 def get_config(scale: str = "imagenet2012") -> ConfigDict:
-    config = base.get_config(scale)
-    for name in ("conv1", "conv2"):
-        config.model.layers[name].then = ("activation", "max_pool", "lrn")
-    return config
+    return base.get_config(scale, CHANGES)

@@ -1,9 +1,8 @@
-"""How fast a step is beside other libraries: python experiments/speed/measure.py [--only=GROUP,...] [--repetitions=7]
+"""Benchmark a training step against other libraries: python experiments/speed/measure.py [--only=GROUP,...]
 
-The contestants of a group take turns, each time in another order, and each in a process of its own that has compiled.
-Ours have huge pages of memory, as the training command has; what a contestant's name has in brackets is otherwise than
-usual. Writes results.csv beside it, a row for each turn, and prints medians; results.png and scaling.png show them.
-Peers that are not installed are named and left out.
+Each baseline of a group runs in a process of its own that has compiled. They are measured interleaved, in another order
+in each repetition. Writes results.csv, a row per repetition; results.png and scaling.png; and prints
+medians. Names the libraries that are not installed, and leaves them out.
 """
 
 import argparse
@@ -14,129 +13,130 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from alexnet_jax import huge_pages
-
 HERE = Path(__file__).parent
-HUGE, SMALL = " (huge pages)", " (small pages)"
 TORCH = ("pytorch-contiguous", "pytorch-channels_last", "pytorch-compile")
-PAGES = (f"ours-auto{SMALL}", f"pytorch-compile{HUGE}")
-WITHOUT = tuple(f"ours-auto-{form}" for form in ("conv", "normalise", "max_pool", "plain"))
+WITHOUT = tuple(f"ours-auto-{variant}" for variant in ("no_conv", "no_normalise", "no_max_pool", "no_kernels"))
 PACKAGES = {"pytorch": ("torch", "requirements-torch.lock"), "keras": ("keras", "requirements.lock")}
-MATMUL = 2 * 4096**3  # FLOP of a turn of "matmul"
-STEP_FLOP = 4.136e9  # of the paper's net, an image: alexnet_jax.summary --devices=1
-Contestant = tuple[str, str, str, int, int]
+MATMUL_FLOP = 2 * 4096**3
+STEP_FLOP = 4.136e9  # of the paper's network, per image: cost.py --config=configs/networks/paper.py
 
 
-def each(kinds: tuple[str, ...], what: str, net: str, batch: int, steps: int = 1) -> list[Contestant]:
-    """Contestants that do the same, in steps of which a turn has several; as contestants.py takes them."""
-    return [(kind, what, net, batch, steps) for kind in kinds]
+class Baseline(NamedTuple):
+    """The arguments of baselines.py."""
+
+    kind: str
+    what: str
+    network: str
+    batch: int
+    steps: int = 1
 
 
-GROUPS: dict[str, list[Contestant]] = {
-    "paper_128": each(("ours-auto", "ours-auto-concurrent", *PAGES, *TORCH, "matmul"), "train", "paper", 128),
-    "paper_32": each(("ours-auto", *PAGES, *TORCH, "flax", "ours-vmap", "ours-vmap-grouped"), "train", "paper", 32),
+def each(kinds: tuple[str, ...], what: str, network: str, batch: int, steps: int = 1) -> list[Baseline]:
+    """Return baselines that do the same."""
+    return [Baseline(kind, what, network, batch, steps) for kind in kinds]
+
+
+GROUPS: dict[str, list[Baseline]] = {
+    "paper_128": each(("ours-auto", "ours-auto-concurrent", *TORCH, "matmul"), "train", "paper", 128),
+    "paper_32": each(("ours-auto", *TORCH, "flax", "ours-vmap", "ours-vmap-grouped"), "train", "paper", 32),
     "operations_32": each(("ours-auto", *WITHOUT), "train", "paper", 32),
     "small_64": each(("ours-auto", "ours-auto-concurrent", *TORCH), "train", "small", 64, 10),
     "cifar_128": each(
-        ("ours-auto", "ours-auto-in_turn", "ours-vmap", *TORCH, "ours-auto-avg_pool"), "train", "cifar", 128, 10
+        ("ours-auto", "ours-auto-sequential", "ours-vmap", *TORCH, "ours-auto-no_avg_pool"), "train", "cifar", 128, 10
     ),
-    "seed_v1_32": each(("ours-auto", "keras"), "train", "seed_v1", 32, 2),
+    "keras_tutorial_v1_32": each(("ours-auto", "keras"), "train", "keras_tutorial_v1", 32, 2),
     "evaluation_128": each(("ours-auto", *TORCH), "evaluate", "paper", 128),
     "ten_views_32": each(("ours-auto", *TORCH), "ten_views", "paper", 32),
-    "scaling_batch": [("ours-auto", "train", "paper", batch, 1) for batch in (8, 16, 32, 64, 128, 256)],
-    "scaling_width": [("ours-auto", "train", f"paper*{width}", 32, 1) for width in (0.25, 0.5, 0.75, 1.0)],
+    "scaling_batch": [Baseline("ours-auto", "train", "paper", batch) for batch in (8, 16, 32, 64, 128, 256)],
+    "scaling_width": [Baseline("ours-auto", "train", f"paper*{width}", 32) for width in (0.25, 0.5, 0.75, 1.0)],
     "scaling_devices": [
-        (kind, "train", "paper", batch, 1) for batch in (8, 16, 32, 64) for kind in ("ours-auto", "ours-vmap")
+        Baseline(kind, "train", "paper", batch) for batch in (8, 16, 32, 64) for kind in ("ours-auto", "ours-vmap")
     ],
 }
 
 
-def environment(kind: str) -> dict[str, str]:
-    """The environment variables of a contestant."""
-    huge = kind.endswith(HUGE) or (kind.startswith("ours") and not kind.endswith(SMALL))
-    return os.environ | (huge_pages.variables() if huge else {})
+def start(baseline: Baseline) -> subprocess.Popen | None:
+    """Start a baseline and wait until it has compiled; return None if it does not run here."""
+    package, lock = PACKAGES.get(baseline.kind.split("-")[0], ("jax", "requirements.lock"))
+    if importlib.util.find_spec(package) is None:
+        print(f"{baseline.kind}: not installed: pip install --requirement {lock}")
+        return None
+    command = [sys.executable, HERE / "baselines.py", *map(str, baseline)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, text=True, **pipes)
+    if process.stdout.readline() == "ready\n":
+        return process
+    print(f"{baseline}: does not run here")
+    return None
 
 
-def measured(group: str, repetitions: int) -> list[dict[str, object]]:
-    """The turns of a group's contestants."""
-    running = {}
-    for contestant in GROUPS[group]:
-        kind = contestant[0]
-        package, lock = PACKAGES.get(kind.split("-")[0], ("jax", "requirements.lock"))
-        if importlib.util.find_spec(package) is None:
-            print(f"{kind}: not installed: pip install --requirement {lock}")
-            continue
-        command = [sys.executable, HERE / "contestants.py", kind.partition(" ")[0], *map(str, contestant[1:])]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, text=True, env=environment(kind), **pipes)
-        if process.stdout.readline() == "ready\n":  # one after the other: compiling takes all cores
-            running[contestant] = process
-        else:
-            print(f"{group}, {kind}: does not run here")
-    seconds: dict[Contestant, list[float]] = {contestant: [] for contestant in running}
-    for turn in range(repetitions):
-        # In one order, what comes after a product of large matrices, say, would come after it every time.
-        for contestant in random.Random(turn).sample(list(running), len(running)):
-            process = running[contestant]
+def measure(group: str, repetitions: int) -> list[dict[str, object]]:
+    """Return a row for each repetition of each baseline of a group."""
+    # Start one after the other, because compiling takes all cores.
+    running = {baseline: process for baseline in GROUPS[group] if (process := start(baseline))}
+    seconds: dict[Baseline, list[float]] = {baseline: [] for baseline in running}
+    for repetition in range(repetitions):
+        # A fixed order would always run a baseline after the same other one.
+        for baseline in random.Random(repetition).sample(list(running), len(running)):
+            process = running[baseline]
             process.stdin.write("go\n")
             process.stdin.flush()
-            seconds[contestant].append(float(process.stdout.readline()))
+            seconds[baseline].append(float(process.stdout.readline()))
     rows = []
-    for contestant, process in running.items():
-        kind, _, net, batch, steps = contestant
+    for baseline, process in running.items():
+        kind, _, network, batch, steps = baseline
         peak = int(process.communicate()[0])
-        for repetition, turn in enumerate(seconds[contestant]):
-            row = {"group": group, "contestant": kind, "net": net, "batch": batch, "repetition": repetition}
-            rows.append(row | {"seconds": round(turn / steps, 5), "peak_bytes": peak})
+        for repetition, passed in enumerate(seconds[baseline]):
+            row = {"group": group, "baseline": kind, "network": network, "batch": batch, "repetition": repetition}
+            rows.append(row | {"seconds": round(passed / steps, 5), "peak_bytes": peak})
     return rows
 
 
-def startup(repetitions: int) -> list[dict[str, object]]:
-    """Seconds from starting Python to the first finished step of the embedded job, without and with a warm cache."""
+def measure_startup(repetitions: int) -> list[dict[str, object]]:
+    """Return the seconds from starting Python to the end of the first step, with a cold and a warm compilation cache."""
     rows = []
     for repetition in range(repetitions):
         with tempfile.TemporaryDirectory() as cache:
             for kind in ("cold", "warm"):
-                variables = environment("ours") | {"JAX_COMPILATION_CACHE_DIR": cache}
-                command = [sys.executable, HERE / "contestants.py", "startup"]
+                variables = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+                command = [sys.executable, HERE / "baselines.py", "startup"]
                 pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "env": variables}
                 began = time.perf_counter()
                 with subprocess.Popen(command, text=True, **pipes) as process:
                     process.stdout.readline()  # "ready"
                     seconds = round(time.perf_counter() - began, 3)
-                row = {"group": "startup", "contestant": kind, "net": "embedded", "batch": 8, "repetition": repetition}
-                rows.append(row | {"seconds": seconds})
+                row = {"group": "startup", "baseline": kind, "network": "embedded", "batch": 8}
+                rows.append(row | {"repetition": repetition, "seconds": seconds})
     return rows
 
 
 def medians(results: pd.DataFrame) -> pd.DataFrame:
-    """A row for each contestant of a group: n, median, lowest and highest seconds a step, and what follows from them.
+    """Return a row for each baseline of a group: n, median, lowest and highest seconds of a step, and derived numbers.
 
-    "ratio" is the median over that of the group's first contestant, of the same net and batch; its range is that of the
-    ratios turn by turn. Of the paper's net, and beside a matmul, "of matmul" is the rate of its arithmetic over that of
-    the matmul.
+    "ratio" is the median over that of the group's first baseline with the same network and batch, "from" and "to" the
+    range of the ratios of single repetitions. "of matmul" is the FLOP rate over that of "matmul", if the group has it.
     """
-    same = ["contestant", "net", "batch"]
+    same = ["baseline", "network", "batch"]
     table = results.groupby(same, sort=False)["seconds"].agg(["count", "median", "min", "max"])
-    turns = results.set_index([*same, "repetition"])["seconds"].sort_index()
-    first = results.contestant.iloc[0]
-    for contestant, net, batch in table.index:
-        if (first, net, batch) in table.index and contestant != "matmul":
-            ratios = turns[contestant, net, batch] / turns[first, net, batch]
-            table.loc[(contestant, net, batch), ["ratio", "from", "to"]] = (
-                table["median"][contestant, net, batch] / table["median"][first, net, batch],
+    repetitions = results.set_index([*same, "repetition"])["seconds"].sort_index()
+    first = results.baseline.iloc[0]
+    for baseline, network, batch in table.index:
+        if (first, network, batch) in table.index:
+            ratios = repetitions[baseline, network, batch] / repetitions[first, network, batch]
+            table.loc[(baseline, network, batch), ["ratio", "from", "to"]] = (
+                table["median"][baseline, network, batch] / table["median"][first, network, batch],
                 ratios.min(),
                 ratios.max(),
             )
-    if "matmul" in results.contestant.values:
-        matmul = MATMUL / table["median"].xs("matmul").iloc[0]
+    if "matmul" in results.baseline.values:
+        matmul = MATMUL_FLOP / table["median"].xs("matmul").iloc[0]
         batch = table.index.get_level_values("batch")
         table["of matmul"] = (STEP_FLOP * batch / table["median"] / matmul).drop("matmul")
     table["images/s"] = table.index.get_level_values("batch") / table["median"]
@@ -144,45 +144,45 @@ def medians(results: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def plot_scaling(results: pd.DataFrame) -> None:
-    """scaling.png: milliseconds of a step for each of its images, against batch and width."""
+def plot_scaling(results: pd.DataFrame, folder: Path) -> None:
+    """Write scaling.png: milliseconds of a step per image, against batch size and width."""
     if not {"scaling_batch", "scaling_devices", "scaling_width"} <= set(results.group):
         return
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     by_batch, by_width = figure.subplots(1, 2)
     rows = results.assign(
         milliseconds=1000 * results.seconds / results.batch,
-        width=pd.to_numeric(results.net.str.partition("*")[2]),
+        width=pd.to_numeric(results.network.str.partition("*")[2]),
     )
     for axes, group, kind, against, label in (
         (by_batch, "scaling_batch", "ours-auto", "batch", "two devices"),
         (by_batch, "scaling_devices", "ours-vmap", "batch", "one device"),
         (by_width, "scaling_width", "ours-auto", "width", "two devices"),
     ):
-        turns = rows[(rows.group == group) & (rows.contestant == kind)].groupby(against).milliseconds
-        middle = turns.median()
-        spread = middle - turns.min(), turns.max() - middle
-        axes.errorbar(middle.index, middle, spread, marker="D", capsize=3, label=label)
-        axes.set(xlabel=against, ylabel="ms an image", ylim=(0, None))
+        repetitions = rows[(rows.group == group) & (rows.baseline == kind)].groupby(against).milliseconds
+        median = repetitions.median()
+        spread = median - repetitions.min(), repetitions.max() - median
+        axes.errorbar(median.index, median, spread, marker="D", capsize=3, label=label)
+        axes.set(xlabel=against, ylabel="ms per image", ylim=(0, None))
         axes.grid(alpha=0.3)
     by_batch.set_xscale("log", base=2)
     by_batch.legend()
-    figure.savefig(HERE / "scaling.png", dpi=80)
+    figure.savefig(folder / "scaling.png", dpi=80)
 
 
-def plot(results: pd.DataFrame) -> None:
-    """results.png: every turn, over the median of the first contestant."""
+def plot(results: pd.DataFrame, folder: Path) -> None:
+    """Write results.png: every repetition, relative to the median of the group's first baseline."""
     groups = [group for group in GROUPS if group in set(results.group) and not group.startswith("scaling")]
     if not groups:
         return
     figure = Figure(figsize=(9, 1.5 + 1.2 * len(groups)), layout="constrained")
     panels = figure.subplots(len(groups), squeeze=False, sharex=True)[:, 0]
     for axes, group in zip(panels, groups, strict=True):
-        rows = results[(results.group == group) & (results.contestant != "matmul")]
-        first = rows[rows.contestant == rows.contestant.iloc[0]].seconds.median()
-        kinds = list(rows.contestant.unique())
+        rows = results[(results.group == group) & (results.baseline != "matmul")]
+        first = rows[rows.baseline == rows.baseline.iloc[0]].seconds.median()
+        kinds = list(rows.baseline.unique())
         for place, kind in enumerate(kinds):
-            seconds = rows[rows.contestant == kind].seconds
+            seconds = rows[rows.baseline == kind].seconds
             axes.plot(seconds / first, [place] * len(seconds), "o", color=f"C{place}", alpha=0.5, markersize=4)
             axes.plot(seconds.median() / first, place, "D", color=f"C{place}")
         axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
@@ -192,25 +192,28 @@ def plot(results: pd.DataFrame) -> None:
         axes.grid(axis="x", alpha=0.3, which="both")
     panels[-1].set_xticks(ticks := [1, 1.5, 2, 3, 4], ticks)
     panels[-1].minorticks_off()
-    panels[-1].set_xlabel("time of a step over the first one's median (diamonds: medians)")
-    figure.savefig(HERE / "results.png", dpi=80)
+    panels[-1].set_xlabel("time of a step relative to the first baseline's median (diamonds: medians)")
+    figure.savefig(folder / "results.png", dpi=80)
 
 
 def main() -> None:
-    """Measures the groups in turn, and prints and draws them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default=",".join((*GROUPS, "startup")), help="groups, with commas")
+    """Measure the groups one after the other; print and plot them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join((*GROUPS, "startup")), help="groups, separated by commas")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--folder", type=Path, default=HERE, help="of results.csv and the plots")
+    parser.add_argument("--plot", action="store_true", help="measure nothing; draw the plots of results.csv again")
     arguments = parser.parse_args()
-    path = HERE / "results.csv"
+    path = arguments.folder / "results.csv"
     results = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["group"])
-    for group in arguments.only.split(","):
-        rows = startup(arguments.repetitions) if group == "startup" else measured(group, arguments.repetitions)
-        results = pd.concat([results[results.group != group], pd.DataFrame(rows)], ignore_index=True)
+    for group in [] if arguments.plot else arguments.only.split(","):
+        measured = measure_startup if group == "startup" else partial(measure, group)
+        rows = pd.DataFrame(measured(arguments.repetitions))
+        results = pd.concat([results[results.group != group], rows], ignore_index=True)
         results.to_csv(path, index=False)
         print(f"\n{group}\n{medians(results[results.group == group]).round(3).to_string()}", flush=True)
-    plot(results)
-    plot_scaling(results)
+    plot(results, arguments.folder)
+    plot_scaling(results, arguments.folder)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,42 @@
-"""Mean image and colours are those of all training images, measured once and kept beside them."""
+"""Tests of the dataset statistics: measured once on all training images, stored beside them and in a run."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run_config
 from ml_collections import ConfigDict
+from support import run_config
 
-from alexnet_jax import batches, data, originals, pixels, prepare
+from alexnet_jax.config import SUBTRACT
+from alexnet_jax.data import datasets, loader, prepare, sources, statistics
 
 SIZE = 24
 
 
 @pytest.fixture
 def prepared(photos: Path, tmp_path: Path) -> Path:
-    prepare.prepare(originals.folder(photos), SIZE, str(tmp_path))
+    """A folder of datasets with `photos`."""
+    prepare.prepare(sources.folder(photos), SIZE, str(tmp_path))
     return tmp_path
 
 
-def data_config(folder: Path, **changes) -> ConfigDict:
+@pytest.fixture
+def counted_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by one element with each pass over the training images."""
+    passes: list[int] = []
+    moments = statistics.moments
+
+    def counting_moments(*arguments: Any) -> Any:
+        passes.append(1)
+        return moments(*arguments)
+
+    monkeypatch.setattr(statistics, "moments", counting_moments)
+    return passes
+
+
+def data_config(folder: Path, **changes: Any) -> ConfigDict:
     values = {
         "name": "photos",
         "data_dir": str(folder),
@@ -32,87 +49,88 @@ def data_config(folder: Path, **changes) -> ConfigDict:
     return run_config("cifar10", **{f"data.{key}": value for key, value in values.items()}).data
 
 
-def all_images(dataset: data.DataSet) -> np.ndarray:
-    return batches.read(dataset.train, np.arange(len(dataset.train)), SIZE)["image"].astype(np.float64)
+def train_images(dataset: datasets.Dataset) -> np.ndarray:
+    return loader.read(dataset.train, np.arange(len(dataset.train)), SIZE)["image"].astype(np.float64)
 
 
-def test_they_are_what_numpy_finds_in_all_images_at_once(prepared: Path) -> None:
+def assert_equal(one: statistics.Statistics, other: statistics.Statistics | None) -> None:
+    assert other is not None
+    for array, other_array in zip(one, other, strict=True):
+        np.testing.assert_array_equal(array, other_array)
+
+
+def test_statistics_match_numpy(prepared: Path) -> None:
     config = data_config(prepared)
-    dataset = data.load(config)
-    measured = pixels.measured(dataset, config)
-    images = all_images(dataset)
+    dataset = datasets.load(config)
+    measured = statistics.measure(dataset, config)
+    images = train_images(dataset)
     np.testing.assert_allclose(measured.mean, images.mean(axis=0), rtol=1e-6)
     covariance = np.cov(images.reshape(-1, 3).T, bias=True)
-    # The axes are at right angles and diagonalise it.
     np.testing.assert_allclose(measured.axes @ measured.axes.T, np.eye(3), atol=1e-6)
     rebuilt = measured.axes.T @ np.diag(measured.deviations**2) @ measured.axes
     np.testing.assert_allclose(rebuilt, covariance, rtol=1e-5, atol=1e-4 * covariance.max())
     assert list(measured.deviations) == sorted(measured.deviations, reverse=True)
 
 
-def test_the_moments_are_exact(prepared: Path) -> None:
-    """Sums of whole numbers: the same to the last digit in any order."""
-    dataset = data.load(data_config(prepared))
-    one = pixels.moments(dataset, data_config(prepared, threads=1))
-    two = pixels.moments(dataset, data_config(prepared, threads=4))
-    np.testing.assert_array_equal(one[0], two[0])
-    np.testing.assert_array_equal(one[1], two[1])
-    np.testing.assert_array_equal(one[0], all_images(dataset).sum(0) / 40)
+def test_moments_are_exact_in_any_order(prepared: Path) -> None:
+    """The sums are of integers, so the number of threads changes nothing."""
+    dataset = datasets.load(data_config(prepared))
+    one = statistics.moments(dataset, data_config(prepared, threads=1))
+    four = statistics.moments(dataset, data_config(prepared, threads=4))
+    np.testing.assert_array_equal(one[0], four[0])
+    np.testing.assert_array_equal(one[1], four[1])
+    np.testing.assert_array_equal(one[0], train_images(dataset).sum(0) / 40)
 
 
-@pytest.mark.parametrize("subtract", pixels.SUBTRACT)
-def test_what_is_subtracted_is_the_configs_choice(prepared: Path, subtract: str) -> None:
+@pytest.mark.parametrize("subtract", SUBTRACT)
+def test_mean_follows_config(prepared: Path, subtract: str) -> None:
     config = data_config(prepared, subtract=subtract, mean=(1.0, 2.0, 3.0))
-    dataset = data.load(config)
-    mean = pixels.measured(dataset, config).mean
-    image = all_images(dataset).mean(0)
-    pixel = {"mean": (1, 2, 3), "mean_pixel": image.mean((0, 1))}.get(subtract)
-    expected = image if pixel is None else np.broadcast_to(pixel, image.shape)
-    np.testing.assert_allclose(mean, expected, rtol=1e-6)
+    dataset = datasets.load(config)
+    mean = statistics.measure(dataset, config).mean
+    image = train_images(dataset).mean(0)
+    colour = {"mean": (1, 2, 3), "mean_pixel": image.mean((0, 1))}.get(subtract)
+    np.testing.assert_allclose(mean, image if colour is None else np.broadcast_to(colour, image.shape), rtol=1e-6)
     assert mean.dtype == np.float32
 
 
-def test_nothing_is_read_where_nothing_is_wanted(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_not_read_for_constant_mean_without_noise(prepared: Path, counted_passes: list[int]) -> None:
     config = data_config(prepared, subtract="mean", mean=(7.0,), **{"augment.colour.noise": 0.0})
-    monkeypatch.setattr(pixels, "moments", None)
-    assert (pixels.measured(data.load(config), config).mean == 7).all()
+    assert (statistics.measure(datasets.load(config), config).mean == 7).all()
+    assert not counted_passes
 
 
-def test_they_are_measured_once_and_again_when_the_images_change(
-    prepared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passes = []
-    moments = pixels.moments
-    monkeypatch.setattr(pixels, "moments", lambda *arguments: passes.append(1) or moments(*arguments))
+def test_statistics_are_measured_again_only_when_images_change(prepared: Path, counted_passes: list[int]) -> None:
     config = data_config(prepared)
-    first = pixels.measured(data.load(config), config)
-    again = pixels.measured(data.load(config), config)
-    assert len(passes) == 1
-    for one, other in zip(first, again, strict=True):
-        np.testing.assert_array_equal(one, other)
-    pixels.measured(data.load(data_config(prepared, train_split="train[:50%]")), config)
-    assert len(passes) == 2
-    (shard,) = (prepared / "photos" / f"{SIZE}px" / "1.0.0").glob("*train*")
-    os.utime(shard)
-    pixels.measured(data.load(config), config)
-    assert len(passes) == 3
+    dataset = datasets.load(config)
+    first = statistics.measure(dataset, config)
+    assert_equal(first, statistics.measure(datasets.load(config), config))
+    assert len(counted_passes) == 1
+    assert dataset.folder is not None
+    assert (dataset.folder / f"statistics_{dataset.fingerprint}.npz").exists()
+    statistics.measure(datasets.load(data_config(prepared, train_split="train[:50%]")), config)
+    assert len(counted_passes) == 2
+    (train_file,) = dataset.folder.glob("*train*")
+    os.utime(train_file)
+    statistics.measure(datasets.load(config), config)
+    assert len(counted_passes) == 3
 
 
-def test_a_set_in_a_folder_that_cannot_be_written_is_measured_all_the_same(
-    prepared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_only_dataset_folder_is_no_error(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(pixels.records, "whole", refuse)
+    monkeypatch.setattr(statistics, "atomic_write", refuse)
     config = data_config(prepared)
-    assert pixels.measured(data.load(config), config).mean.shape == (SIZE, SIZE, 3)
+    assert statistics.measure(datasets.load(config), config).mean.shape == (SIZE, SIZE, 3)
 
 
-def test_they_are_read_as_they_were_written(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    written = pixels.Pixels(*(generator.normal(size=shape).astype(np.float32) for shape in ((4, 4, 3), (3,), (3, 3))))
-    assert pixels.read(tmp_path / pixels.FILE) is None
-    pixels.write(tmp_path / pixels.FILE, written)
-    for one, other in zip(written, pixels.read(tmp_path / pixels.FILE), strict=True):
-        np.testing.assert_array_equal(one, other)
+def test_run_keeps_its_statistics(prepared: Path, tmp_path: Path) -> None:
+    """The file of a run wins over the dataset."""
+    config, path = data_config(prepared), tmp_path / "run" / "statistics.npz"
+    dataset = datasets.load(config)
+    assert statistics.read(path) is None
+    measured = statistics.load_or_measure(path, dataset, config)
+    assert_equal(measured, statistics.read(path))
+    changed = measured._replace(mean=measured.mean + 1)
+    statistics.write(path, changed)
+    assert_equal(changed, statistics.load_or_measure(path, dataset, config))

@@ -1,0 +1,252 @@
+"""Statistics of a study, against SciPy's tests of pairs and one-sided tests."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy import stats
+
+from alexnet_jax.configs import base
+from alexnet_jax.run_dir import StudyDir, write_json
+from alexnet_jax.studies import analysis
+
+Errors = dict[str, list[float]]
+MakeStudy = Callable[..., Path]
+
+
+def never_reach_25(study: Path, arm: str, seed: int) -> None:
+    """Rewrite the metrics of a run so that its training error stays above 25 %."""
+    metrics = StudyDir(study).run(arm, seed).metrics_file
+    metrics.write_text(metrics.read_text().replace('"train/top1_error": 0.2', '"train/top1_error": 0.4'))
+
+
+def test_intervals_equal_those_of_scipys_paired_t_test(study: Path, errors: Errors) -> None:
+    compared = analysis.compare(analysis.load_runs(study))
+    reference, values = (np.array(errors[arm]) for arm in ("lrn", "no_lrn"))
+    half = stats.t.ppf(0.975, 2) * stats.sem(reference)
+    np.testing.assert_allclose(
+        compared.loc["lrn", ["n", "finished", "mean", "low", "high"]].to_numpy(float),
+        [3, 3, reference.mean(), reference.mean() - half, reference.mean() + half],
+    )
+    paired = stats.ttest_rel(values, reference).confidence_interval(0.95)
+    np.testing.assert_allclose(
+        compared.loc["no_lrn", ["pairs", "effect", "effect_low", "effect_high"]].to_numpy(float),
+        [3, (values - reference).mean(), paired.low, paired.high],
+    )
+    assert compared.loc["lrn", ["effect", "effect_low", "effect_high"]].isna().all()
+
+
+def test_ratios_are_compared_on_a_logarithmic_scale(study: Path, errors: Errors) -> None:
+    compared = analysis.compare(analysis.load_runs(study), ratio=True)
+    reference, values = (np.array(errors[arm]) for arm in ("lrn", "no_lrn"))
+    paired = stats.ttest_rel(np.log(values), np.log(reference)).confidence_interval(0.95)
+    np.testing.assert_allclose(
+        compared.loc["no_lrn", ["effect", "effect_low", "effect_high"]].to_numpy(float),
+        [stats.gmean(values) / stats.gmean(reference), np.exp(paired.low), np.exp(paired.high)],
+    )
+
+
+def test_one_seed_has_no_interval(make_study: MakeStudy) -> None:
+    compared = analysis.compare(analysis.load_runs(make_study({"lrn": [0.1], "no_lrn": [0.2]})))
+    assert compared["n"].tolist() == [1, 1]
+    assert compared["effect"]["no_lrn"] == pytest.approx(0.1)
+    assert compared[["low", "high", "effect_low", "effect_high"]].isna().all(axis=None)
+
+
+def test_equal_values_have_an_interval_of_no_width() -> None:
+    assert analysis.mean_and_interval(np.full(3, 0.028)) == pytest.approx((0.028, 0.028, 0.028))
+
+
+def test_only_seeds_that_both_arms_finished_are_paired(make_study: MakeStudy) -> None:
+    study = make_study({"lrn": [0.1, 0.2], "no_lrn": [0.15, 0.2, 0.9]})
+    StudyDir(study).run("lrn", 1).result_file.unlink()
+    runs = analysis.load_runs(study)
+    assert runs["status"].tolist() == ["finished", "unfinished", "not started", *["finished"] * 3]
+    compared = analysis.compare(runs)
+    assert compared["n"].tolist() == [1, 3]
+    assert compared["pairs"].tolist() == [0, 1]
+    assert compared["effect"]["no_lrn"] == pytest.approx(0.05)
+
+
+def test_seeds_of_other_commands_and_failed_runs_have_rows(study: Path) -> None:
+    write_json(StudyDir(study).run("lrn", 7).failure_file, {"error": "train/loss is nan", "traceback": ""})
+    status = analysis.load_runs(study).set_index(["arm", "seed"])["status"]
+    assert (status[("lrn", 7)], status[("no_lrn", 7)]) == ("failed", "not started")
+
+
+def test_epochs_to_25_are_of_the_first_record_that_reaches_it(study: Path) -> None:
+    runs = analysis.load_runs(study).set_index(["arm", "seed"])
+    assert runs["epochs_to_25"][("no_lrn", 2)] == pytest.approx(0.6 + 0.16)
+    assert runs["steps_to_25"][("lrn", 0)] == 3
+
+
+def test_runs_that_never_reach_25_are_counted(study: Path) -> None:
+    never_reach_25(study, "no_lrn", 0)
+    runs = analysis.load_runs(study)
+    assert np.isnan(runs.set_index(["arm", "seed"])["epochs_to_25"][("no_lrn", 0)])
+    assert analysis.table(runs, "epochs_to_25")[["n", "n reached"]].to_numpy().tolist() == [["3", "3"], ["3", "2"]]
+    assert "n reached" not in analysis.table(runs)
+    assert analysis.claim_effects(study)["pairs"].tolist() == [3, 2]
+
+
+def test_generalisation_gap_is_held_out_minus_training_error(study: Path, errors: Errors) -> None:
+    runs = analysis.load_runs(study)
+    np.testing.assert_allclose(runs["generalisation_gap"], [error / 2 for arm in errors.values() for error in arm])
+
+
+def one_sided_tests(effects: np.ndarray, margin: float) -> bool:
+    """Return whether two one-sided t-tests at 5 % show that the mean effect is within the margin."""
+    above = stats.ttest_1samp(effects, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(effects, margin, alternative="less").pvalue
+    return max(above, below) < 0.05
+
+
+@given(
+    mean=st.floats(-3, 3),
+    noise=st.lists(st.floats(-1, 1), min_size=2, max_size=10, unique=True),
+    margin=st.floats(0.01, 3),
+    higher=st.booleans(),
+)
+def test_verdicts_equal_the_decisions_of_scipys_tests(
+    mean: float, noise: list[float], margin: float, higher: bool
+) -> None:
+    effects = mean + np.array(noise)
+    assume(np.ptp(effects) > 1e-3)
+    p_value = stats.ttest_1samp(effects, 0).pvalue
+    side = (effects.mean() > 0) == higher
+    expected = "inconclusive" if p_value > 0.05 else "reproduced" if side else "contradicted"
+    expected = "no effect" if one_sided_tests(effects, margin) else expected
+    assert analysis.verdict(effects, margin, higher=higher) == expected
+
+
+@pytest.mark.parametrize(
+    ("effects", "margin", "higher", "expected"),
+    [
+        ([0.1, 0.2, 0.3, 0.2], 0.05, True, "reproduced"),
+        ([0.1, 0.2, 0.3, 0.2], 0.05, False, "contradicted"),
+        ([-0.1, -0.2, -0.3, -0.2], 0.05, False, "reproduced"),
+        ([-0.1, 0.2, 0.3, -0.2], 0.05, True, "inconclusive"),
+        ([0.01, 0.02, 0.01, 0.02], 0.05, True, "no effect"),  # though its 95 % CI is above zero
+        ([0.01, 0.02, 0.01, 0.02], 0.0, True, "reproduced"),
+        ([0.0, 0.0, 0.0], 0.05, True, "no effect"),
+        ([0.1], 0.05, True, "too few seeds"),
+        ([], 0.05, True, "too few seeds"),
+    ],
+)
+def test_verdict_of_each_class(effects: list[float], margin: float, higher: bool, expected: str) -> None:
+    assert analysis.verdict(np.array(effects), margin, higher=higher) == expected
+
+
+@pytest.mark.parametrize(
+    ("metric", "size", "margin"),
+    [
+        ("eval/top1_error", {"difference": 0.014}, 0.007),
+        ("eval/top1_error", {"difference": -0.014}, 0.007),
+        ("eval/top1_error", {"difference": 0.014, "margin": 0.002}, 0.002),
+        ("generalisation_gap", {}, 0.005),
+        ("epochs_to_25", {"ratio": 6.0}, 1.25),
+        ("epochs_to_25", {"ratio": 6.0, "margin": 1.5}, 1.5),
+        ("eval/loss", {}, 0.0),
+    ],
+)
+def test_default_margins(metric: str, size: dict[str, float], margin: float) -> None:
+    assert analysis.claim_margin(base.claim("arm", metric, "section 1", **size)) == pytest.approx(margin)
+
+
+def test_claims_are_compared_with_differences_and_ratios(study: Path) -> None:
+    error, epochs = (row for _, row in analysis.verdicts(study).iterrows())
+    assert error.tolist() == [
+        *("no_lrn", "eval/top1_error", "+1.40 (section 3.3)", "+3.33", "-0.46 to +7.13", "3", "±0.70", "inconclusive")
+    ]
+    runs = analysis.load_runs(study)
+    reference, values = (runs.loc[runs["arm"] == arm, "epochs_to_25"].to_numpy() for arm in ("lrn", "no_lrn"))
+    logs = stats.ttest_rel(np.log(values), np.log(reference)).confidence_interval(0.95)
+    assert epochs["claim"] == "6 times (<section> 3.1)"
+    assert epochs["found"] == f"{stats.gmean(values / reference):.3g} times"
+    assert epochs["95 % CI"] == f"{np.exp(logs.low):.3g} to {np.exp(logs.high):.3g}"
+    assert (epochs["margin"], epochs["verdict"]) == ("factor 1.25", "reproduced")
+
+
+def test_claims_of_a_lower_ratio_are_reproduced_below_one(make_study: MakeStudy) -> None:
+    claims = [base.claim("no_lrn", "epochs_to_25", "section 4.2", ratio=0.5)]
+    assert analysis.verdicts(make_study(claims=claims))["verdict"].tolist() == ["contradicted"]
+
+
+def test_study_without_claims_has_no_verdicts(make_study: MakeStudy) -> None:
+    assert analysis.verdicts(make_study(claims=[])).empty
+
+
+def test_files_kept_of_a_study_give_the_same_tables_as_its_runs(study: Path, tmp_path: Path) -> None:
+    kept = StudyDir(tmp_path / "kept")
+    kept.path.mkdir()
+    shutil.copy(StudyDir(study).study_file, kept.study_file)
+    analysis.load_runs(study).to_csv(kept.results_file, index=False)
+    analysis.load_curves(study).to_csv(kept.curves_file, index=False)
+    for metric in ("eval/top1_error", "epochs_to_25"):
+        pd.testing.assert_frame_equal(
+            analysis.table(analysis.load_runs(kept.path), metric), analysis.table(analysis.load_runs(study), metric)
+        )
+    pd.testing.assert_frame_equal(analysis.verdicts(kept.path), analysis.verdicts(study))
+    pd.testing.assert_frame_equal(analysis.load_curves(kept.path), analysis.load_curves(study), check_dtype=False)
+
+
+def test_claims_of_older_studies_have_default_margins(study: Path) -> None:
+    description = analysis.load_study(study)
+    verdicts = analysis.verdicts(study)
+    for claim in description["claims"]:
+        claim.pop("margin")
+    write_json(StudyDir(study).study_file, description)
+    pd.testing.assert_frame_equal(analysis.verdicts(study), verdicts)
+
+
+def test_size_notes_list_what_differs_from_the_first_arm(make_study: MakeStudy) -> None:
+    sizes = {
+        "lrn": {"parameters": 7, "maps": {"conv1": "5x5x2", "logits": "10"}},
+        "no_lrn": {"parameters": 1234, "maps": {"conv1": "4x4x2", "conv2": "3x3x2", "logits": "9"}},
+    }
+    note = "parameters 7 to 1,234; conv1 5x5x2 to 4x4x2; conv2 none to 3x3x2"
+    assert analysis.size_notes(make_study(sizes=sizes)) == {"lrn": "", "no_lrn": note}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "scores", "note"),
+    [
+        (0.01, {"0.001": 0.2, "0.01": 0.1, "0.1": None}, "rate = 0.01. Tuned by METRIC (SCORES)"),
+        (0.1, {"0.001": 0.2, "0.01": 0.3, "0.1": 0.1}, f"rate = 0.1, {analysis.AT_EDGE}. Tuned by METRIC (SCORES)"),
+    ],
+)
+@pytest.mark.parametrize("older", [False, True])
+def test_tuning_notes_report_values_at_the_edge_of_the_grid(
+    make_study: MakeStudy, chosen: float, scores: dict[str, float | None], note: str, older: bool
+) -> None:
+    tuned: dict[str, Any] = {"chosen": chosen, "scores": scores, "at_edge": chosen == 0.1}
+    tuning = {"key": "rate", "metric": "validation/top1_error", "arms": {"lrn": tuned}}
+    if older:
+        tuning = {"key": "rate", "arms": {"lrn": {"chosen": chosen, "errors": scores}}}
+    shown = ", ".join(f"{value}: {'failed' if s is None else f'{100 * s:.2f} %'}" for value, s in scores.items())
+    expected = note.replace("METRIC", "validation/top1_error").replace("SCORES", shown)
+    assert analysis.tuning_notes(make_study(tuning=tuning)) == {"lrn": expected}
+
+
+def test_tuning_notes_of_epochs_say_which_values_never_reached_the_error(make_study: MakeStudy) -> None:
+    tuned = {"chosen": 0.01, "scores": {"0.001": np.inf, "0.01": 14.0, "0.1": 23.0}, "at_edge": False}
+    study = make_study(tuning={"key": "rate", "metric": "epochs_to_25", "arms": {"lrn": tuned}})
+    expected = "rate = 0.01. Tuned by epochs_to_25 (0.001: never reached, 0.01: 14, 0.1: 23)"
+    assert analysis.tuning_notes(study) == {"lrn": expected}
+
+
+def test_studies_that_tuned_nothing_have_no_tuning_notes(study: Path) -> None:
+    assert json.loads(StudyDir(study).study_file.read_text())["tuning"] is None
+    assert analysis.tuning_notes(study) == {}
+
+
+def test_folder_without_study_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it has no study[.]json"):
+        analysis.load_runs(tmp_path)
