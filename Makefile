@@ -45,5 +45,5 @@ lock:
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --requirement requirements.lock
-	$(BIN)/python -m pip install --no-deps --editable .
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
 	touch $@

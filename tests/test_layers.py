@@ -124,7 +124,7 @@ OPERATIONS: dict[str, tuple[Any, ...]] = {
 def value_and_gradients(
     operation: Callable[..., jax.Array], *arguments: jax.Array, cpu_kernels: bool
 ) -> tuple[jax.Array, ...]:
-    """An operation's value and the gradients of a weighted sum of it, with or without CPU kernels."""
+    """Return an operation's value and the gradients of a weighted sum of it."""
 
     @jax.jit
     def compute(*arguments: jax.Array) -> tuple[jax.Array, ...]:
@@ -153,7 +153,7 @@ def test_cpu_kernel_has_the_value_and_gradient_of_the_plain_operation(name: str,
 
 
 def kernels_in_use(names: tuple[str, ...] | None) -> set[str]:
-    """The operations of ``KERNELS`` that switch by platform, of those traced with the named CPU kernels."""
+    """Return which operations depend on the platform when traced with these CPU kernels (None: outside the context)."""
     x, kernel = jnp.ones((2, 9, 9, 8)), jnp.ones((3, 3, 8, 8))
     operations: dict[str, Callable[[], jax.Array]] = {
         "conv": lambda: convolution(1, 1, padding=((1, 1), (1, 1)))(x, kernel),

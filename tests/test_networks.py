@@ -163,7 +163,9 @@ def assert_equal_to_pytorch(config: ConfigDict, executor: str, torch: ModuleType
         for part, gradient in parts.items():
             expected = theirs[layer][part].grad.numpy()
             largest = np.abs(expected).max()
-            assert largest > 0
+            if train and part == BIAS and f"{layer}_batch_norm" in params:  # the batch's mean takes the bias away
+                largest = np.abs(parts[KERNEL]).max()
+            assert largest > 1e-6
             np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-4 * largest, err_msg=f"{layer}.{part}")
 
 
@@ -182,8 +184,7 @@ MODERN: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize(("activation", "train"), [("gelu", False), ("gelu", True), ("silu", True)])
 def test_modern_operations_equal_pytorch(activation: str, train: bool, torch: ModuleType) -> None:
     config = reduced("paper", **MODERN, **{"model.activation": activation})
     assert_equal_to_pytorch(config, "vmap", torch, train)

@@ -13,9 +13,9 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
-from support import run_config
 
 from alexnet_jax import optim
+from support import run_config
 
 STEPS_PER_EPOCH = 2
 STEPS = 16
@@ -61,7 +61,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
 
 
 def run(config: ConfigDict, params: Params, plateau_decays: int = 0) -> Iterator[tuple[int, Params, Any]]:
-    """The step, the gradients and the new parameters, for each step."""
+    """Yield each step, its gradients and the parameters after it."""
     generator = np.random.default_rng(1)
     optimizer = make_optimizer(config)
     update = jax.jit(optimizer.update)

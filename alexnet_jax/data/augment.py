@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from alexnet_jax.data.statistics import Statistics
@@ -40,7 +41,7 @@ def evaluation_views(count: int, image_size: int, crop: int) -> list[View]:
     return five + [view._replace(flipped=True) for view in five]
 
 
-def inputs(images: jax.Array, view: View, data_config: ConfigDict, statistics: Statistics) -> jax.Array:
+def inputs(images: jax.Array | np.ndarray, view: View, data_config: ConfigDict, statistics: Statistics) -> jax.Array:
     """Return the network's input: a view of each image, minus the mean, divided by `data.std`.
 
     Args:
@@ -56,7 +57,7 @@ def inputs(images: jax.Array, view: View, data_config: ConfigDict, statistics: S
 
 
 def random_inputs(
-    images: jax.Array,
+    images: jax.Array | np.ndarray,
     positions: jax.Array,
     data_config: ConfigDict,
     statistics: Statistics,
@@ -116,15 +117,17 @@ def _colour_noise(colour_config: ConfigDict, statistics: Statistics, key: jax.Ar
     return (colour_config.noise * jax.random.normal(key, (3,)) * scales) @ statistics.axes
 
 
-def _crop_and_subtract(images: jax.Array, view: View, data_config: ConfigDict, statistics: Statistics) -> jax.Array:
+def _crop_and_subtract(
+    images: jax.Array | np.ndarray, view: View, data_config: ConfigDict, statistics: Statistics
+) -> jax.Array:
     """Return the views of the images, minus the mean."""
     batch, *_, channels = images.shape
     size = (data_config.crop, data_config.crop, channels)
     (centre,) = evaluation_views(1, data_config.image_size, data_config.crop)
     central_mean = jax.lax.dynamic_slice(statistics.mean, (centre.top, centre.left, 0), size)
 
-    def crop_one(image: jax.Array, top: jax.Array, left: jax.Array, flipped: jax.Array) -> jax.Array:
-        def crop(array: jax.typing.ArrayLike) -> jax.Array:
+    def crop_one(image: jax.Array | np.ndarray, top: jax.Array, left: jax.Array, flipped: jax.Array) -> jax.Array:
+        def crop(array: jax.Array | np.ndarray) -> jax.Array:
             square = jax.lax.dynamic_slice(array, (top, left, 0), size)
             return jnp.where(flipped, square[:, ::-1], square)
 

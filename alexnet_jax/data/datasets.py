@@ -88,7 +88,8 @@ def load(data_config: ConfigDict) -> Dataset:
     def source(split: str) -> Source:
         return splits[split] if builder is None else _PreparedSplit(builder, split)
 
-    train, validation = source(data_config.train_split), None
+    train = source(data_config.train_split)
+    validation: Source | None = None
     if holds_out:
         every = _held_out_every(data_config.validation_split, len(train))
         held_out = np.arange(len(train)) % every == every - 1
@@ -128,10 +129,10 @@ def tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """
     try:
         return tfds.builder(name, data_dir=root(data_dir))
-    except tfds.core.DatasetNotFoundError:
+    except (tfds.core.DatasetNotFoundError, ValueError):  # ValueError: not the form of a name, such as a missing folder
         raise ValueError(
-            f"data.name={name}: must be {EMBEDDED!r} (embedded), a dataset prepared in {root(data_dir)} or a name of the "
-            "TFDS catalogue; prepare a folder of images with\n    alexnet-jax prepare FOLDER"
+            f"data.name={name}: must be {EMBEDDED!r} (embedded), a dataset prepared in {root(data_dir)} or a name of "
+            "the TFDS catalogue; prepare a folder of images with\n    alexnet-jax prepare FOLDER"
         ) from None
 
 

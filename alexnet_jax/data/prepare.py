@@ -30,7 +30,7 @@ from alexnet_jax.data.sources import RawDataset, RawImage
 
 
 # Registered, it would replace TFDS's own dataset of the same name.
-class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Square JPEGs of photos, or lossless PNGs of images of one small size."""
 
     VERSION = tfds.core.Version(datasets.PREPARED_VERSION)

@@ -1,0 +1,1 @@
+"""Studies: running arms and seeds, and their statistics, plots and report."""

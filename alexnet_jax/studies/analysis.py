@@ -1,6 +1,6 @@
 """Statistics of a study: tables, confidence intervals and verdicts on the paper's claims.
 
-Reads the folders of the runs, or the ``study.json``, ``results.csv`` and ``curves.csv`` that were kept of them. Imports
+Reads the folders of the runs, or the `study.json`, `results.csv` and `curves.csv` that were kept of them. Imports
 neither JAX nor the model, so it works wherever the files are.
 """
 
@@ -16,12 +16,8 @@ from scipy import stats
 from alexnet_jax.run_dir import StudyDir
 
 METRICS = (
-    "train/loss",
-    "train/top1_error",
-    "train_eval/top1_error",
-    "eval/loss",
-    "eval/top1_error",
-    "eval/top5_error",
+    *("train/loss", "train/top1_error", "train_eval/top1_error"),
+    *("eval/loss", "eval/top1_error", "eval/top5_error"),
 )
 # Step and epoch at which the error of the training batches first was 25 % or less (paper, section 3.1).
 CENSORED = ("steps_to_25", "epochs_to_25")
@@ -40,7 +36,7 @@ AT_EDGE = "at the edge of the grid: the optimum may lie outside"
 
 
 def load_study(study: Path | str) -> dict[str, Any]:
-    """Return the description in ``study.json``: name, arms and their changes, network sizes, claims, tuning.
+    """Return the description in `study.json`: name, arms and their changes, network sizes, claims, tuning.
 
     Raises:
       ValueError: the folder is not a study's.
@@ -49,13 +45,13 @@ def load_study(study: Path | str) -> dict[str, Any]:
 
 
 def load_runs(study: Path | str) -> pd.DataFrame:
-    """Return a row for each run, in the order of the study, with ``COLUMNS``; errors are fractions of 1.
+    """Return a row for each run, in the order of the study, with `COLUMNS`; errors are fractions of 1.
 
-    ``status`` is "finished", "failed", "unfinished" or "not started"; only finished runs have numbers. ``CENSORED``
+    `status` is "finished", "failed", "unfinished" or "not started"; only finished runs have numbers. `CENSORED`
     metrics are NaN for runs that never reached the error.
 
     Args:
-      study: folder with the runs, or with the ``results.csv`` that was kept of them.
+      study: folder with the runs, or with the `results.csv` that was kept of them.
 
     Raises:
       ValueError: the folder is not a study's.
@@ -77,7 +73,7 @@ def load_runs(study: Path | str) -> pd.DataFrame:
 
 
 def first_at_target(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the first record whose training error is at most ``TARGET_ERROR``, or None if there is none."""
+    """Return the first record whose training error is at most `TARGET_ERROR`, or None if there is none."""
     return next((record for record in records if record.get("train/top1_error", np.inf) <= TARGET_ERROR), None)
 
 
@@ -85,7 +81,7 @@ def load_curves(study: Path | str) -> pd.DataFrame:
     """Return a row for each record of each run, finished or not: arm, seed, step, epoch and the metrics logged there.
 
     Args:
-      study: folder with the runs, or with the ``curves.csv`` that was kept of them.
+      study: folder with the runs, or with the `curves.csv` that was kept of them.
     """
     folder = StudyDir(study)
     if _is_summary(folder, folder.curves_file):
@@ -108,10 +104,10 @@ def mean_and_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, f
 
 
 def paired_effects(runs: pd.DataFrame, arm: str, metric: str, *, ratio: bool = False) -> np.ndarray:
-    """Return ``metric`` of an arm minus that of the first arm, for each seed that has both.
+    """Return `metric` of an arm minus that of the first arm, for each seed that has both.
 
     Args:
-      runs: as from ``load_runs``.
+      runs: as from `load_runs`.
       ratio: whether to subtract the logarithms.
     """
     columns = [runs[runs["arm"] == name].set_index("seed")[metric] for name in (runs["arm"].iloc[0], arm)]
@@ -122,10 +118,10 @@ def paired_effects(runs: pd.DataFrame, arm: str, metric: str, *, ratio: bool = F
 
 
 def compare(runs: pd.DataFrame, metric: str = "eval/top1_error", *, ratio: bool = False) -> pd.DataFrame:
-    """Return the mean of ``metric`` for each arm, and its effect relative to the first arm.
+    """Return the mean of `metric` for each arm, and its effect relative to the first arm.
 
     Args:
-      runs: as from ``load_runs``.
+      runs: as from `load_runs`.
       metric: one of its columns.
       ratio: whether the effect is the ratio of geometric means instead of the difference of means.
 
@@ -139,22 +135,11 @@ def compare(runs: pd.DataFrame, metric: str = "eval/top1_error", *, ratio: bool 
         of_arm = runs[runs["arm"] == arm]
         values = of_arm[metric].dropna().to_numpy(float)
         effects = np.empty(0) if arm == arms[0] else paired_effects(runs, arm, metric, ratio=ratio)
-        mean, low, high = mean_and_interval(values)
-        effect, effect_low, effect_high = back(mean_and_interval(effects))
-        rows.append(
-            {
-                "n": len(values),
-                "finished": int((of_arm["status"] == "finished").sum()),
-                "mean": mean,
-                "low": low,
-                "high": high,
-                "pairs": len(effects),
-                "effect": effect,
-                "effect_low": effect_low,
-                "effect_high": effect_high,
-            }
-        )
-    return pd.DataFrame(rows, index=pd.Index(arms, name="arm"))
+        finished = (of_arm["status"] == "finished").sum()
+        estimates = (*mean_and_interval(values), len(effects), *back(mean_and_interval(effects)))
+        rows.append((len(values), finished, *estimates))
+    columns = ["n", "finished", "mean", "low", "high", "pairs", "effect", "effect_low", "effect_high"]
+    return pd.DataFrame(rows, index=pd.Index(arms, name="arm"), columns=columns)
 
 
 def claim_margin(claim: Mapping[str, Any]) -> float:
@@ -181,7 +166,7 @@ def verdict(effects: np.ndarray, margin: float, *, higher: bool) -> str:
 
     Args:
       effects: differences to the first arm, one for each seed; of logarithms where the claim is about a ratio.
-      margin: half-width of "no effect", on the scale of ``effects``.
+      margin: half-width of "no effect", on the scale of `effects`.
       higher: whether the claim is that the effect is positive. The paper's size of it does not matter.
     """
     if len(effects) < 2:
@@ -207,31 +192,19 @@ def claim_effects(study: Path | str) -> pd.DataFrame:
         arm, metric, ratio = claim["arm"], claim["metric"], claim["ratio"] is not None
         paper, margin = claim["ratio"] if ratio else claim["difference"], claim_margin(claim)
         effects = paired_effects(runs, arm, metric, ratio=ratio)
-        effect, low, high = (np.exp if ratio else np.asarray)(mean_and_interval(effects))
         higher = paper is None or paper > (1 if ratio else 0)
-        rows.append(
-            {
-                "arm": arm,
-                "metric": metric,
-                "source": claim["source"],
-                "ratio": ratio,
-                "paper": np.nan if paper is None else paper,
-                "effect": effect,
-                "low": low,
-                "high": high,
-                "pairs": len(effects),
-                "margin": margin,
-                "verdict": verdict(effects, np.log(margin) if ratio else margin, higher=higher),
-            }
-        )
-    return pd.DataFrame(rows)
+        decision = verdict(effects, np.log(margin) if ratio else margin, higher=higher)
+        measured = (*(np.exp if ratio else np.asarray)(mean_and_interval(effects)), len(effects), margin, decision)
+        rows.append((arm, metric, claim["source"], ratio, np.nan if paper is None else paper, *measured))
+    columns = ["arm", "metric", "source", "ratio", "paper", "effect", "low", "high", "pairs", "margin", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def verdicts(study: Path | str) -> pd.DataFrame:
-    """Return ``claim_effects`` as text: errors in percentage points, ratios as "6 times"."""
+    """Return `claim_effects` as text: errors in percentage points, ratios as "6 times"."""
     rows = []
     for row in claim_effects(study).to_dict("records"):
-        show = _times if row["ratio"] else _signed(row["metric"])
+        show = _times if row["ratio"] else _formatter(row["metric"], signed=True)
         margin = f"factor {row['margin']:.3g}" if row["ratio"] else show(row["margin"]).replace("+", "±")
         rows.append(
             {
@@ -249,13 +222,13 @@ def verdicts(study: Path | str) -> pd.DataFrame:
 
 
 def table(runs: pd.DataFrame, metric: str = "eval/top1_error") -> pd.DataFrame:
-    """Return ``compare`` as text: errors in percent, and an empty cell where there is no number.
+    """Return `compare` as text: errors in percent, and an empty cell where there is no number.
 
     Args:
-      runs: as from ``load_runs``.
+      runs: as from `load_runs`.
       metric: one of its columns. A censored one has two counts: finished runs, and those that reached the error.
     """
-    show, signed, rows = _number(metric), _signed(metric), []
+    show, signed, rows = _formatter(metric), _formatter(metric, signed=True), []
     for arm, row in compare(runs, metric).iterrows():
         counts = {"n": f"{row['finished' if metric in CENSORED else 'n']:.0f}"}
         if metric in CENSORED:
@@ -315,20 +288,16 @@ def _is_summary(study: StudyDir, file: Path) -> bool:
 
 def _score(metric: str, score: float | None) -> str:
     if score is None:
-        return "failed"
-    if np.isinf(score):
-        return "never reached"
-    return _number(metric)(score) + (" %" if is_fraction(metric) else "")
+        return "never reached or failed" if metric in CENSORED else "failed"
+    return _formatter(metric)(score) + (" %" if is_fraction(metric) else "")
 
 
-def _number(metric: str) -> Callable[..., str]:
-    return lambda *values: _join(values, lambda value: f"{100 * value:.2f}" if is_fraction(metric) else f"{value:.4g}")
-
-
-def _signed(metric: str) -> Callable[..., str]:
-    return lambda *values: _join(
-        values, lambda value: f"{100 * value:+.2f}" if is_fraction(metric) else f"{value:+.3g}"
-    )
+def _formatter(metric: str, *, signed: bool = False) -> Callable[..., str]:
+    """Return the function that shows one value of a metric, or the two bounds of an interval."""
+    sign, digits = ("+", 3) if signed else ("", 4)
+    if is_fraction(metric):
+        return lambda *values: _join(values, lambda value: f"{100 * value:{sign}.2f}")
+    return lambda *values: _join(values, lambda value: f"{value:{sign}.{digits}g}")
 
 
 def _times(*values: float) -> str:

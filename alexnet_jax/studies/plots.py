@@ -1,4 +1,4 @@
-"""Plots of a study's runs, from the data frames of ``analysis``. Imports neither JAX nor the model."""
+"""Plots of a study's runs, from the data frames of `analysis`. Imports neither JAX nor the model."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def plot_arms(runs: pd.DataFrame, metric: str = "eval/top1_error") -> Figure:
     """Plot a metric of each arm: a dot for each seed, a diamond for the mean, a line for its 95 % CI.
 
     Args:
-      runs: as from ``load_runs``.
+      runs: as from `load_runs`.
       metric: one of its columns.
     """
     compared, scale = compare(runs, metric), _scale(metric)
@@ -35,7 +35,7 @@ def plot_effects(effects: pd.DataFrame) -> Figure:
     margin of "no effect".
 
     Args:
-      effects: as from ``claim_effects``; of several studies, if their frames are concatenated.
+      effects: as from `claim_effects`; of several studies, if their frames are concatenated.
     """
     units = effects.apply(_unit, axis="columns")
     counts = units.value_counts(sort=False)
@@ -62,7 +62,7 @@ def plot_curves(curves: pd.DataFrame, metric: str, *, log: bool = False) -> Figu
     """Plot a metric against epochs: a line for each arm's mean over seeds, a band from the lowest to the highest.
 
     Args:
-      curves: as from ``load_curves``.
+      curves: as from `load_curves`.
       metric: one of its columns.
       log: whether the axis of the metric is logarithmic.
     """
@@ -82,7 +82,7 @@ def plot_figure_1(curves: pd.DataFrame) -> Figure:
     """Plot the paper's figure 1: training error against epochs, the first arm solid, the others dashed, 25 % dotted.
 
     Args:
-      curves: as from ``load_curves``.
+      curves: as from `load_curves`.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()

@@ -44,7 +44,7 @@ _COLOURS = {
 
 
 def write(study: Path | str) -> None:
-    """Write ``results.csv``, ``curves.csv`` and ``report.html`` into the folder of a study, and print its tables.
+    """Write `results.csv`, `curves.csv` and `report.html` into the folder of a study, and print its tables.
 
     Raises:
       ValueError: the folder is not a study's.

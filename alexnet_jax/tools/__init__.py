@@ -1,0 +1,1 @@
+"""Tools around a network: summary, weight conversion, prediction."""

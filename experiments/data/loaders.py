@@ -1,7 +1,8 @@
-"""Three loaders of the same JPEGs; each times a pass over all of them whenever a line comes in on standard input.
+"""Time one loader: python loaders.py KIND FOLDER BATCH
 
-Run by measure.py: python loaders.py KIND FOLDER BATCH, where FOLDER/pictures has the JPEGs and FOLDER/sets the same
-ones prepared. Only what KIND needs is imported.
+measure.py starts it. FOLDER/images has the JPEGs and FOLDER/datasets the same ones prepared. After a first pass over all
+images it prints "ready"; for each line on standard input it runs another pass and prints the images per second. Only
+what KIND needs is imported.
 """
 
 import sys
@@ -15,47 +16,47 @@ THREADS = 2
 
 
 def alexnet_jax(folder: Path, batch: int) -> Callable[[int], Iterator[np.ndarray]]:
-    """The run's own: shuffled, decoded and batched by Grain's threads, from ArrayRecord."""
-    from alexnet_jax import batches, data
-    from configs import base
+    """Return this repository's loader: Grain threads shuffle, decode and batch an ArrayRecord dataset."""
+    from alexnet_jax.configs import base
+    from alexnet_jax.data import datasets, loader
 
     config = base.get_config("imagenette")
-    config.data.update(name="pictures", data_dir=str(folder / "sets"), threads=THREADS)
+    config.data.update(name="images", data_dir=str(folder / "datasets"), threads=THREADS)
     config.train.batch_size = batch
-    source = data.load(config.data).train
+    source = datasets.load(config.data).train
 
     def read(epoch: int) -> Iterator[np.ndarray]:
         steps = len(source) // batch
-        for example in batches.train_batches(source, config, seed=epoch, start=0, stop=steps):
-            yield example["image"]
+        for examples in loader.train_batches(source, config, seed=epoch, start=0, stop=steps):
+            yield examples["image"]
 
     return read
 
 
 def torch(folder: Path, batch: int) -> Callable[[int], Iterator[np.ndarray]]:
-    """PyTorch's DataLoader, with two worker processes and Pillow."""
+    """Return PyTorch's DataLoader with two worker processes and Pillow."""
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
 
-    class Pictures(Dataset):
-        files = sorted((folder / "pictures").rglob("*.jpg"))
+    class Images(Dataset):
+        files = sorted((folder / "images").rglob("*.jpg"))
 
         def __len__(self) -> int:
             return len(self.files)
 
         def __getitem__(self, position: int) -> np.ndarray:
-            with Image.open(self.files[position]) as picture:
-                return np.array(picture.convert("RGB"))
+            with Image.open(self.files[position]) as image:
+                return np.array(image.convert("RGB"))
 
-    loader = DataLoader(Pictures(), batch, shuffle=True, num_workers=THREADS, drop_last=True, persistent_workers=True)
+    loader = DataLoader(Images(), batch, shuffle=True, num_workers=THREADS, drop_last=True, persistent_workers=True)
     return lambda epoch: (images.numpy() for images in loader)
 
 
 def tensorflow(folder: Path, batch: int, dct: str = "INTEGER_ACCURATE") -> Callable[[int], Iterator[np.ndarray]]:
-    """tf.data, with two parallel calls; decoded as exactly as the others do, which is not its default."""
+    """Return tf.data with two parallel calls and the exact JPEG decoder, as in the other loaders."""
     import tensorflow as tf
 
-    files = sorted(map(str, (folder / "pictures").rglob("*.jpg")))
+    files = sorted(map(str, (folder / "images").rglob("*.jpg")))
 
     def decode(path):
         return tf.io.decode_jpeg(tf.io.read_file(path), channels=3, dct_method=dct)
@@ -66,7 +67,7 @@ def tensorflow(folder: Path, batch: int, dct: str = "INTEGER_ACCURATE") -> Calla
 
 
 def tensorflow_approximate(folder: Path, batch: int) -> Callable[[int], Iterator[np.ndarray]]:
-    """tf.data as it comes: its decoder's cosine transform is an approximation, some grey levels off."""
+    """Return tf.data with its default decoder, which approximates: pixels differ by a few grey levels."""
     return tensorflow(folder, batch, dct="")
 
 
@@ -74,7 +75,7 @@ LOADERS = {loader.__name__: loader for loader in (alexnet_jax, torch, tensorflow
 
 
 def main() -> None:
-    """Warms up, then prints images per second for each line that comes in."""
+    """Warm up, then time a pass for each line of standard input."""
     kind, folder, batch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     read = LOADERS[kind](folder, batch)
     sum(1 for _ in read(0))

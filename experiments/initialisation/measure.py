@@ -1,21 +1,24 @@
-"""How much the logits depend on the image before training: python experiments/initialisation/measure.py
+"""Measure how much the logits depend on the image before training: python experiments/initialisation/measure.py
 
-Writes results.csv beside it and prints the table; `--seeds=1` for a first look.
+Writes results.csv, a row per network and seed, and prints the table.
 """
 
 import argparse
 import importlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
 
-from alexnet_jax import augment, model, pixels, report
+from alexnet_jax import model
 from alexnet_jax.config import reference_run
-from alexnet_jax.towers import TOWER
+from alexnet_jax.data import augment, statistics
+from alexnet_jax.parallel import TOWER
+from alexnet_jax.studies import analysis
 
-NETS = {
+NETWORKS = {  # config, divisor of the pixels
     "paper": ("paper", 1.0),
     "code2012": ("code2012", 1.0),
     "caffe_alexnet": ("caffe_alexnet", 1.0),
@@ -25,8 +28,8 @@ NETS = {
 IMAGES = 16
 
 
-def photo_like(size: int) -> np.ndarray:
-    """Noise whose amplitudes fall as 1/f, as those of photographs do: uint8 (images, size, size, 3)."""
+def photo_like_noise(size: int) -> np.ndarray:
+    """Return noise whose amplitudes fall as 1/f, as those of photographs do: uint8 (images, size, size, 3)."""
     generator = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size))
     frequency[0, 0] = 1 / size
@@ -38,39 +41,48 @@ def photo_like(size: int) -> np.ndarray:
 
 
 def dependence(name: str, divisor: float, seeds: range) -> list[float]:
-    """The logits' standard deviation over images, mean of all units, over their root mean square, for each seed."""
-    config = reference_run(importlib.import_module(f"configs.nets.{name}").get_config())
+    """Return the logits' standard deviation over images, averaged over classes, relative to their RMS, for each seed."""
+    config = reference_run(importlib.import_module(f"alexnet_jax.configs.networks.{name}").get_config())
     with config.unlocked():
         config.data.update(subtract="mean", mean=(122.7, 116.7, 104.0), std=(divisor,))
     (centre,) = augment.evaluation_views(1, config.data.image_size, config.data.crop)
-    seen = pixels.uniform(config.data, 3)
-    images = augment.inputs(photo_like(config.data.image_size), centre, config.data, seen)
-    net = model.AlexNet(config.model, 1000)
+    images = augment.inputs(
+        photo_like_noise(config.data.image_size), centre, config.data, statistics.uniform(config.data, 3)
+    )
+    network = model.AlexNet(config.model, 1000)
 
     @jax.jit
-    def logits(params: dict) -> jax.Array:
-        return jax.vmap(lambda own: net.apply({"params": own}, images, train=False), axis_name=TOWER, out_axes=None)(
-            params
-        )
+    def compute_logits(variables: Any) -> jax.Array:
+        def tower(variables: Any) -> Any:
+            return network.apply(variables, images, train=False)
 
-    drawn = (model.init(config.model, 1000, images.shape[1:], seed) for seed in seeds)
-    every = [np.asarray(logits(params), np.float64) for params in drawn]
-    return [float(values.std(0).mean() / np.sqrt((values**2).mean())) for values in every]
+        return jax.vmap(tower, axis_name=TOWER, out_axes=None)(variables)
+
+    ratios = []
+    for seed in seeds:
+        variables = model.init(config.model, 1000, images.shape[1:], seed)
+        logits = np.asarray(compute_logits(variables), np.float64)
+        ratios.append(float(logits.std(0).mean() / np.sqrt((logits**2).mean())))
+    return ratios
 
 
 def main() -> None:
-    """Measures every net with every seed."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=5)
-    seeds = range(parser.parse_args().seeds)
+    """Measure every network with every seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="of results.csv")
+    arguments = parser.parse_args()
+    seeds = range(arguments.seeds)
     rows = [
-        {"net": label, "seed": seed, "dependence": value}
-        for label, (name, divisor) in NETS.items()
+        {"network": label, "seed": seed, "dependence": value}
+        for label, (name, divisor) in NETWORKS.items()
         for seed, value in zip(seeds, dependence(name, divisor, seeds), strict=True)
     ]
-    measured = pd.DataFrame(rows)
-    measured.to_csv(Path(__file__).with_name("results.csv"), index=False)
-    print(report.compare(measured.rename(columns={"net": "arm"}), "dependence")[["n", "mean", "low", "high"]])
+    results = pd.DataFrame(rows)
+    results.to_csv(arguments.folder / "results.csv", index=False)
+    for network, group in results.groupby("network", sort=False):
+        mean, low, high = analysis.mean_and_interval(group["dependence"].to_numpy())
+        print(f"{network:24} n = {len(group)}   {mean:.5f}   95 % CI {low:.5f} to {high:.5f}")
 
 
 if __name__ == "__main__":

@@ -266,16 +266,16 @@ def matmul(network: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
 
 def startup() -> None:
     """Run from the import of the command to the end of the first step of the embedded job."""
-    parallel.ensure_host_devices(2)
+    import_module("alexnet_jax.main")  # imports all that the command does
+    parallel.initialize(2)
     import jax
 
-    from alexnet_jax import main, train
+    from alexnet_jax import train
     from alexnet_jax.data import loader, statistics
 
-    main.enable_compilation_cache()
     config = load_config("embedded", 8)
     setup = train.open_run(config)
-    measured = statistics.measure(setup.dataset, config.data)
+    measured = setup.executor.replicate(statistics.measure(setup.dataset, config.data))
     state = setup.executor.place(train.init_state(setup))
     batch = next(loader.train_batches(setup.dataset.train, config, seed=0, start=0, stop=1))
     step = train.make_train_step(setup)

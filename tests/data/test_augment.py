@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
-from support import random_statistics, run_config
 
 from alexnet_jax.data import augment
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.parallel import DATA, TOWER, global_positions, make_executor
+from support import random_statistics, run_config
 
 
 def numbered_images(batch: int, size: int, channels: int) -> np.ndarray:
@@ -42,6 +42,7 @@ def random_inputs(batch: np.ndarray, config: ConfigDict, seed: int = 0, noise_on
     return np.asarray(inputs(make_statistics(config, batch.shape[-1]), jax.random.key(seed)))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(size=st.integers(1, 9), border=st.integers(0, 4), flip=st.booleans(), seed=st.integers(0, 2**32 - 1))
 @pytest.mark.parametrize("subtract", ["mean_image", "central_mean_image"])
@@ -63,6 +64,7 @@ def test_random_view_is_crop_minus_mean_or_its_mirror_image(
         assert any(np.array_equal(view, crop) for crop in crops)
 
 
+@pytest.mark.slow
 def test_crops_and_flips_are_uniform() -> None:
     batch = np.repeat(numbered_images(1, 4, 1), 4000, axis=0)
     config = make_config(4, 2, subtract="mean", **{"augment.random_crop": True, "augment.flip": True})
@@ -73,6 +75,7 @@ def test_crops_and_flips_are_uniform() -> None:
     assert counts.max() < 222 + 5 * 14.5
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(size=st.integers(1, 9), border=st.integers(0, 5))
 def test_ten_views_match_numpy(size: int, border: int) -> None:
@@ -104,6 +107,7 @@ def test_training_uses_centre_crop_without_augmentation() -> None:
     np.testing.assert_array_equal(random_inputs(batch, config), (batch - mean)[:, 1:7, 1:7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 5])
 def test_consecutive_images_share_crop_and_flip(count: int) -> None:
     """As in the 2012 code, with 32 images; the last group may be smaller."""
@@ -114,6 +118,7 @@ def test_consecutive_images_share_crop_and_flip(count: int) -> None:
     assert len(np.unique(np.concatenate(groups), axis=0)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [None, 1.0, 255.0])
 def test_colour_noise_has_expected_covariance(unit: float | None) -> None:
     """Section 4.1: the covariance is axes' diag(s^2) axes, the same on all pixels.
@@ -134,6 +139,7 @@ def test_colour_noise_has_expected_covariance(unit: float | None) -> None:
     np.testing.assert_allclose(noise.mean((0, 1, 2)), 0, atol=5 * spread.max() / 20_000**0.5)
 
 
+@pytest.mark.slow
 def test_2012_code_shrinks_noisy_images_and_ends_noise() -> None:
     """The image is divided by 1.1 after the noise is added; once the noise has ended, neither is done."""
     changes = {"augment.random_crop": False, "augment.flip": False, "augment.colour.noise": 0.1}
@@ -145,6 +151,7 @@ def test_2012_code_shrinks_noisy_images_and_ends_noise() -> None:
     assert not np.array_equal(plain, batch - make_statistics(shrink).mean)
 
 
+@pytest.mark.slow
 def test_all_executors_augment_alike() -> None:
     """Bit-identical on every tower; equal where the batch is sharded."""
     config = make_config(12, 8, **{"augment.colour.noise": 0.1})

@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from support import run_config, run_script
 
 from alexnet_jax.data import datasets, loader, prepare, sources
+from support import run_config, run_script
 
 
 def labels(source: datasets.Source) -> list[int]:
     return [int(source[position]["label"]) for position in range(len(source))]
+
+
+def load_embedded(**changes: Any) -> datasets.Dataset:
+    return datasets.load(run_config(**{f"data.{key}": value for key, value in changes.items()}).data)
 
 
 def contents(source: datasets.Source) -> set[bytes]:
@@ -22,7 +26,7 @@ def contents(source: datasets.Source) -> set[bytes]:
 
 
 def test_embedded_splits_are_balanced_and_disjoint() -> None:
-    dataset = datasets.load(run_config().data)
+    dataset = load_embedded()
     assert (len(dataset.train), dataset.validation, len(dataset.evaluation)) == (4000, None, 1000)
     assert (dataset.classes, dataset.channels) == (10, 1)
     assert not contents(dataset.train) & contents(dataset.evaluation)
@@ -39,6 +43,7 @@ assert "tensorflow_datasets" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_embedded_dataset_does_not_import_tfds() -> None:
     """The import would take a good part of the time to the first step."""
     process = run_script(WITHOUT_TFDS)
@@ -46,8 +51,8 @@ def test_embedded_dataset_does_not_import_tfds() -> None:
 
 
 def test_every_nth_training_image_is_held_out() -> None:
-    whole = datasets.load(run_config().data)
-    split = datasets.load(run_config(**{"data.validation_split": "1/20"}).data)
+    whole = load_embedded()
+    split = load_embedded(validation_split="1/20")
     assert split.validation is not None
     assert (len(split.train), len(split.validation), len(split.evaluation)) == (3800, 200, 1000)
     assert np.bincount(labels(split.validation)).tolist() == [20] * 10
@@ -59,7 +64,7 @@ def test_every_nth_training_image_is_held_out() -> None:
 
 
 def test_validation_split_can_be_named() -> None:
-    dataset = datasets.load(run_config(**{"data.validation_split": "test"}).data)
+    dataset = load_embedded(validation_split="test")
     assert dataset.validation is not None
     assert (len(dataset.train), len(dataset.validation)) == (4000, 1000)
 
@@ -69,18 +74,18 @@ def test_malformed_validation_split_raises(value: str) -> None:
     with pytest.raises(
         ValueError, match=rf'data.validation_split={value}: must be "1/N" with N from 2 to 4000 .*; use'
     ):
-        datasets.load(run_config(**{"data.validation_split": value}).data)
+        load_embedded(validation_split=value)
 
 
 def test_subsample_is_evenly_spaced() -> None:
-    source = datasets.load(run_config().data).train
+    source = load_embedded().train
     assert labels(datasets.subsample(source, 10)) == list(range(10))
     assert labels(datasets.subsample(source, 5000)) == labels(source)
 
 
 @pytest.fixture(scope="module")
 def prepared(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of datasets with `photos`, 32 pixels wide."""
+    """Prepare `photos`, 32 pixels wide; return the folder of datasets."""
     folder = tmp_path_factory.mktemp("data")
     prepare.prepare(sources.folder(photos), 32, str(folder))
     return folder
@@ -157,7 +162,7 @@ def test_damaged_image_is_named(prepared: Path, monkeypatch: pytest.MonkeyPatch)
         ),
         (
             {"name": "cifar11"},
-            r"data.name=cifar11: must be 'mnist5k' .*, a dataset prepared in .*nowhere or a name of the TFDS catalogue; "
+            r"data.name=cifar11: must be 'mnist5k' .*, a dataset prepared in .*nowhere or a name .* TFDS catalogue; "
             r"prepare a folder of images with\n    alexnet-jax prepare FOLDER",
         ),
         (

@@ -124,7 +124,8 @@ def test_transparency_becomes_white() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "CMYK", "turned left", "square", "array"])
 def test_decoding_into_an_array_equals_decoding_and_cropping(kind: str, size: int) -> None:
     square = encode(two_halves(size=(48, 48)), "JPEG")
-    content = (COLOURED | {"square": square, "array": image_io.decode(COLOURED["PNG"], 3)})[kind]
+    files: dict[str, Any] = COLOURED | {"square": square, "array": image_io.decode(COLOURED["PNG"], 3)}
+    content = files[kind]
     array = np.zeros((size, size, 3), np.uint8)
     image_io.decode_into(array, content)
     whole = image_io.decode(content, 3) if isinstance(content, bytes) else content

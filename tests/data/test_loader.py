@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import run_config
 
 from alexnet_jax.data import loader
+from support import run_config
 
 
 class Numbered:
@@ -28,7 +28,8 @@ class Numbered:
 
 def train_labels(seed: int, start: int, stop: int) -> list[list[int]]:
     """Return the labels of the batches of 4 of 10 images."""
-    config = run_config(**{"train.batch_size": 4})
+    changes: dict[str, Any] = {"train.batch_size": 4}
+    config = run_config(**changes)
     batches = list(loader.train_batches(Numbered(10), config, seed=seed, start=start, stop=stop))
     for batch in batches:
         assert batch["image"].dtype == np.uint8

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from support import run_config, run_script
 
 from alexnet_jax.data import datasets, image_io, loader, prepare, sources
+from support import run_config, run_script
 
 Command = Callable[..., str]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command: it returns what is printed, or the message of the error."""
+    """Return the command as a function, which returns its output or the message of its error."""
 
     def run_command(*arguments: object) -> str:
         parser = argparse.ArgumentParser()
@@ -36,8 +36,14 @@ def run(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def load(name: str, folder: Path, size: int, eval_split: str) -> datasets.Dataset:
-    changes = {"name": name, "data_dir": str(folder), "image_size": size, "crop": 23, "eval_split": eval_split}
-    return datasets.load(run_config("cifar10", **{f"data.{key}": value for key, value in changes.items()}).data)
+    changes: dict[str, Any] = {
+        "data.name": name,
+        "data.data_dir": str(folder),
+        "data.image_size": size,
+        "data.crop": 23,
+        "data.eval_split": eval_split,
+    }
+    return datasets.load(run_config("cifar10", **changes).data)
 
 
 def examples(source: datasets.Source, size: int) -> list[tuple[bytes, int]]:
@@ -178,6 +184,7 @@ runpy.run_module("alexnet_jax", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_nothing_behind(photos: Path, tmp_path: Path, run: Command) -> None:
     process = run_script(FULL_DISK, PHOTOS=str(photos), DATA=str(tmp_path))
     assert process.returncode == 1

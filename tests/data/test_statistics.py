@@ -7,24 +7,24 @@ from typing import Any
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from support import run_config
 
 from alexnet_jax.config import SUBTRACT
 from alexnet_jax.data import datasets, loader, prepare, sources, statistics
+from support import run_config
 
 SIZE = 24
 
 
 @pytest.fixture
 def prepared(photos: Path, tmp_path: Path) -> Path:
-    """A folder of datasets with `photos`."""
+    """Prepare `photos`; return the folder of datasets."""
     prepare.prepare(sources.folder(photos), SIZE, str(tmp_path))
     return tmp_path
 
 
 @pytest.fixture
 def counted_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that grows by one element with each pass over the training images."""
+    """Return a list that grows by one element with each pass over the training images."""
     passes: list[int] = []
     moments = statistics.moments
 

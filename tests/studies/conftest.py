@@ -19,13 +19,13 @@ CLAIMS = (
 
 @pytest.fixture
 def errors() -> dict[str, list[float]]:
-    """The top-1 errors of the runs of ``study``, by arm and seed."""
+    """Return the top-1 errors of the runs of `study`, by arm and seed."""
     return ERRORS
 
 
 @pytest.fixture
 def make_study(tmp_path: Path) -> Callable[..., Path]:
-    """A function that makes a study's folder, of a run for each error; the other runs have not started."""
+    """Return a function that writes a study with a finished run for each error; other runs have not started."""
 
     def make(errors: dict[str, list[float]] = ERRORS, seeds: int = 3, **description: Any) -> Path:
         folder = StudyDir(tmp_path / "study")
@@ -60,5 +60,5 @@ def make_study(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def study(make_study: Callable[..., Path]) -> Path:
-    """The folder of a study of two arms with three finished runs each."""
+    """Return the folder of a study of two arms with three finished runs each."""
     return make_study()

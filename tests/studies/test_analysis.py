@@ -236,9 +236,9 @@ def test_tuning_notes_report_values_at_the_edge_of_the_grid(
 
 
 def test_tuning_notes_of_epochs_say_which_values_never_reached_the_error(make_study: MakeStudy) -> None:
-    tuned = {"chosen": 0.01, "scores": {"0.001": np.inf, "0.01": 14.0, "0.1": 23.0}, "at_edge": False}
+    tuned = {"chosen": 0.01, "scores": {"0.001": None, "0.01": 14.0, "0.1": 23.0}, "at_edge": False}
     study = make_study(tuning={"key": "rate", "metric": "epochs_to_25", "arms": {"lrn": tuned}})
-    expected = "rate = 0.01. Tuned by epochs_to_25 (0.001: never reached, 0.01: 14, 0.1: 23)"
+    expected = "rate = 0.01. Tuned by epochs_to_25 (0.001: never reached or failed, 0.01: 14, 0.1: 23)"
     assert analysis.tuning_notes(study) == {"lrn": expected}
 
 
@@ -248,5 +248,5 @@ def test_studies_that_tuned_nothing_have_no_tuning_notes(study: Path) -> None:
 
 
 def test_folder_without_study_json_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="it has no study[.]json"):
+    with pytest.raises(ValueError, match=r"it has no study\.json"):
         analysis.load_runs(tmp_path)

@@ -1,173 +1,212 @@
-"""Weights move to other people's files and back bit-equal, give the same logits there, and run no code."""
+"""Weights survive the round trip through other programs' files bit-identically, and files run no code."""
 
+import argparse
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.export
 import numpy as np
 import pytest
-from conftest import TINY, any_pixels, command, reduced, run_config, run_script
+import safetensors.numpy
 from ml_collections import ConfigDict
+from support import TINY, assert_close, command, random_statistics, reduced, run_config, run_script
 
-from alexnet_jax import augment, checkpoint, model, records, train, weights
 from alexnet_jax import config as config_lib
-from alexnet_jax.towers import TOWER
+from alexnet_jax import model, train
+from alexnet_jax.checkpoint import TrainedNetwork, load_run
+from alexnet_jax.data import augment
+from alexnet_jax.parallel import TOWER
+from alexnet_jax.run_dir import RunDir, read_json
+from alexnet_jax.tools import convert
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
-CLASSES = 7  # odd: the last layer is filled up
+CLASSES = 7  # odd: the last layer is padded
 
 
-def fresh(name: str, **changes) -> weights.Weights:
+def random_network(name: str, **changes: Any) -> TrainedNetwork:
+    """Return a reduced network with its initial weights, and zeros as the last layer's padding."""
     config = reduced(name, **changes)
-    shape = (config.data.crop, config.data.crop, 3)
-    params = model.init(config.model, CLASSES, shape, 0)
-    ours = weights.Weights(config, CLASSES, params)
-    return weights.from_grouped(config, weights.grouped(ours))  # what fills up is zero
+    variables = model.init(config.model, CLASSES, (config.data.crop, config.data.crop, 3), 0)
+    network = TrainedNetwork(config, CLASSES, variables)
+    return convert.from_grouped(config, convert.grouped(network))
 
 
 @pytest.fixture(scope="module")
-def caffe() -> weights.Weights:
-    return fresh("caffe_alexnet", **{"data.mean": (120.0, 110.0, 100.0), "data.std": (2.0, 3.0, 4.0)})
+def caffe() -> TrainedNetwork:
+    return random_network("caffe_alexnet", **{"data.mean": (120.0, 110.0, 100.0), "data.std": (2.0, 3.0, 4.0)})
 
 
-def pixels(config, batch: int = 3) -> np.ndarray:
+def random_images(config: ConfigDict, batch: int = 3) -> np.ndarray:
     size = config.data.crop
     return np.random.default_rng(0).integers(0, 256, (batch, size, size, 3)).astype(np.uint8)
 
 
-def assert_same(one: weights.Weights, other: weights.Weights) -> None:
-    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
-    assert one.classes == other.classes
-    assert (one.config.data.mean, one.config.data.std) == (other.config.data.mean, other.config.data.std)
+def assert_equal(actual: TrainedNetwork, expected: TrainedNetwork) -> None:
+    jax.tree.map(np.testing.assert_array_equal, actual.variables, expected.variables)
+    assert actual.classes == expected.classes
+    for field in ("mean", "std"):
+        assert actual.config.data[field] == expected.config.data[field]
+
+
+def test_grouped_and_back(caffe: TrainedNetwork) -> None:
+    params = convert.grouped(caffe)
+    assert params["conv2"]["kernel"].shape == (5, 5, 4, 16)  # as flax.linen.Conv(16, (5, 5), feature_group_count=2)
+    assert params["fc8"]["kernel"].shape == (16, CLASSES)
+    assert caffe.variables["params"]["fc8"]["kernel"].shape == (2, 16, 4)
+    assert_equal(convert.from_grouped(caffe.config, params), caffe)
 
 
 @pytest.mark.parametrize("name", ["net.npy", "net.safetensors"])
-def test_a_mean_image_travels_beside_the_weights(tmp_path: Path, name: str) -> None:
-    ours = fresh("caffe_alexnet", **{"data.subtract": "central_mean_image"})
-    ours = ours._replace(pixels=any_pixels(ours.config))
-    weights.write_file(tmp_path / name, ours)
-    read = weights.read_file(tmp_path / name, reduced("caffe_alexnet"))
-    assert_same(read, ours)
+def test_round_trip_is_bit_identical_and_keeps_mean_and_scale(caffe: TrainedNetwork, tmp_path: Path, name: str) -> None:
+    convert.write_file(tmp_path / name, caffe)
+    config = reduced("caffe_alexnet")
+    assert config.data.mean != caffe.config.data.mean
+    assert_equal(convert.read_file(tmp_path / name, config), caffe)
+    assert {path.name for path in tmp_path.iterdir()} == {name, *(["net.npy.json"] if name == "net.npy" else [])}
+
+
+@pytest.mark.parametrize("name", ["net.npy", "net.safetensors"])
+def test_round_trip_keeps_the_mean_image(tmp_path: Path, name: str) -> None:
+    network = random_network("caffe_alexnet", **{"data.subtract": "central_mean_image"})
+    statistics = random_statistics(network.config)
+    network = network._replace(statistics=statistics)
+    convert.write_file(tmp_path / name, network)
+    read = convert.read_file(tmp_path / name, reduced("caffe_alexnet"))
+    assert_equal(read, network)
     assert read.config.data.subtract == "central_mean_image"
-    for one, other in zip(read.pixels, ours.pixels, strict=True):
-        np.testing.assert_array_equal(one, other)
-    images = pixels(ours.config)
-    np.testing.assert_array_equal(weights.forward(read)(images), weights.forward(ours)(images))
-    # The net sees the centre of a run's images, less the centre of the mean.
-    border = (ours.config.data.image_size - ours.config.data.crop) // 2
-    whole = np.pad(images, [(0, 0), (border, border), (border, border), (0, 0)])
-    (view,) = augment.evaluation_views(1, ours.config.data.image_size, ours.config.data.crop)
-    seen = augment.inputs(whole, view, ours.config.data, ours.pixels)
-    net = model.AlexNet(ours.config.model, CLASSES)
-    apply = jax.vmap(lambda own: net.apply({"params": own}, seen, train=False), axis_name=TOWER, out_axes=None)
-    logits = jax.jit(apply)(ours.params)
-    np.testing.assert_allclose(weights.forward(ours)(images), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    assert read.statistics is not None
+    for array, expected in zip(read.statistics, statistics, strict=True):
+        np.testing.assert_array_equal(array, expected)
 
 
-def test_a_mean_that_is_not_known_is_asked_for(tmp_path: Path) -> None:
-    ours = fresh("caffe_alexnet", **{"data.subtract": "mean_image"})
-    for write in (lambda: weights.write_file(tmp_path / "net.npy", ours), lambda: weights.export(ours)):
-        with pytest.raises(
-            ValueError, match=r"data.subtract=mean_image: is measured .* give --config.data.subtract=mean"
-        ):
+def test_forward_subtracts_the_centre_of_the_mean_image() -> None:
+    network = random_network("caffe_alexnet", **{"data.subtract": "central_mean_image"})
+    config, statistics = network.config, random_statistics(network.config)
+    images = random_images(config)
+    border = (config.data.image_size - config.data.crop) // 2
+    uncropped = np.pad(images, [(0, 0), (border, border), (border, border), (0, 0)])
+    (centre,) = augment.evaluation_views(1, config.data.image_size, config.data.crop)
+    inputs = augment.inputs(uncropped, centre, config.data, statistics)
+    alexnet = model.AlexNet(config.model, CLASSES)
+    towers = jax.vmap(lambda tower: alexnet.apply(tower, inputs, train=False), axis_name=TOWER, out_axes=None)
+    logits = convert.forward(network._replace(statistics=statistics))(images)
+    assert_close(logits, jax.jit(towers)(network.variables), 1e-5)
+
+
+def test_unknown_mean_raises(tmp_path: Path) -> None:
+    network = random_network("caffe_alexnet", **{"data.subtract": "mean_image"})
+    for write in (lambda: convert.write_file(tmp_path / "net.npy", network), lambda: convert.export(network)):
+        with pytest.raises(ValueError, match=r"data.subtract=mean_image: .* give --config.data.subtract=mean"):
             write()
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["net.npy", "net.safetensors"])
-def test_a_round_trip_is_bit_equal_and_the_pixels_scale_travels(caffe: weights.Weights, tmp_path: Path, name: str):
-    weights.write_file(tmp_path / name, caffe)
-    config = reduced("caffe_alexnet")
-    assert config.data.mean != caffe.config.data.mean
-    assert_same(weights.read_file(tmp_path / name, config), caffe)
-    assert {path.name for path in tmp_path.iterdir()} == {name, *(["net.npy.json"] if name == "net.npy" else [])}
-
-
-def test_grouped_and_back(caffe: weights.Weights) -> None:
-    plain = weights.grouped(caffe)
-    assert plain["conv2"]["kernel"].shape == (5, 5, 4, 16)  # as flax.linen.Conv(16, (5, 5), feature_group_count=2)
-    assert plain["fc8"]["kernel"].shape == (16, CLASSES)
-    assert caffe.params["fc8"]["kernel"].shape == (2, 16, 4)
-    assert_same(weights.from_grouped(caffe.config, plain), caffe)
-
-
-def published(path: Path, weights_of: weights.Weights, form: type, protocol: int) -> None:
-    """A file as other people publish it: a dictionary of lists or of dictionaries, BGR, perhaps by Python 2."""
+def write_published(path: Path, network: TrainedNetwork, form: type, protocol: int) -> None:
+    """Write a file as others publish it: a dictionary of lists or of dictionaries, BGR, perhaps by Python 2."""
     layers = {}
-    for layer, kinds in weights.grouped(weights_of).items():
-        kernel = kinds["kernel"][:, :, ::-1] if layer == "conv1" else kinds["kernel"]
-        pair = [np.ascontiguousarray(kernel), np.ascontiguousarray(kinds["bias"])]
+    for layer, arrays in convert.grouped(network).items():
+        kernel = arrays["kernel"][:, :, ::-1] if layer == "conv1" else arrays["kernel"]
+        pair = [np.ascontiguousarray(kernel), np.ascontiguousarray(arrays["bias"])]
         layers[layer] = pair if form is list else dict(zip(("weights", "biases"), pair, strict=True))
-    held = np.empty((), dtype=object)
-    held[()] = layers
+    content = np.empty((), dtype=object)
+    content[()] = layers
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
-        pickle.dump(held, file, protocol=protocol)
+        pickle.dump(content, file, protocol=protocol)
 
 
 @pytest.mark.parametrize("form", [list, dict])
 @pytest.mark.parametrize("protocol", [2, 5])
-def test_both_forms_of_published_weights_are_read(caffe, tmp_path: Path, form: type, protocol: int) -> None:
-    published(tmp_path / "net.npy", caffe, form, protocol)
-    read = weights.read_file(tmp_path / "net.npy", reduced("caffe_alexnet"))
-    jax.tree.map(np.testing.assert_array_equal, read.params, caffe.params)
-    assert read.config.data.mean == (122.7, 116.7, 104.0)  # nothing is beside it: the config's
+def test_both_forms_of_published_weights_are_read(
+    caffe: TrainedNetwork, tmp_path: Path, form: type, protocol: int
+) -> None:
+    write_published(tmp_path / "net.npy", caffe, form, protocol)
+    read = convert.read_file(tmp_path / "net.npy", reduced("caffe_alexnet"))
+    jax.tree.map(np.testing.assert_array_equal, read.variables, caffe.variables)
+    assert read.config.data.mean == (122.7, 116.7, 104.0)  # there is no net.npy.json: the config's
 
 
-def test_what_we_write_others_read_with_numpy(caffe, tmp_path: Path) -> None:
-    weights.write_file(tmp_path / "net.npy", caffe)
+def test_npy_is_readable_with_numpy(caffe: TrainedNetwork, tmp_path: Path) -> None:
+    convert.write_file(tmp_path / "net.npy", caffe)
     layers = np.load(tmp_path / "net.npy", allow_pickle=True, encoding="latin1").item()
     assert list(layers) == list(caffe.config.model.order)
-    np.testing.assert_array_equal(layers["conv1"][0][:, :, ::-1], weights.grouped(caffe)["conv1"]["kernel"])
-    about = records.read_json(tmp_path / "net.npy.json")
-    assert (about["channels"], about["mean"], about["std"]) == ("BGR", [100.0, 110.0, 120.0], [4.0, 3.0, 2.0])
+    np.testing.assert_array_equal(layers["conv1"][0][:, :, ::-1], convert.grouped(caffe)["conv1"]["kernel"])
+    metadata = read_json(tmp_path / "net.npy.json")
+    assert metadata is not None
+    assert (metadata["channels"], metadata["mean"], metadata["std"]) == ("BGR", [100, 110, 120], [4, 3, 2])
 
 
-class _Touch:
-    """Unpickled, it makes a file."""
+class MakesFolder:
+    """An object whose unpickling makes a folder."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
 
 
-def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> None:
-    np.save(tmp_path / "evil.npy", np.array({"conv1": [_Touch(tmp_path / "ran"), 0]}, dtype=object), allow_pickle=True)
+def test_npy_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> None:
+    layers = np.array({"conv1": [MakesFolder(tmp_path / "ran"), 0]}, dtype=object)
+    np.save(tmp_path / "evil.npy", layers, allow_pickle=True)
     with pytest.raises(ValueError, match=r"evil.npy: cannot be read: it holds posix.mkdir, and only arrays"):
-        weights.read_file(tmp_path / "evil.npy", reduced("caffe_alexnet"))
+        convert.read_file(tmp_path / "evil.npy", reduced("caffe_alexnet"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_pth_that_would_run_code_is_refused_and_runs_none(torch: ModuleType, tmp_path: Path) -> None:
+    torch.save({"features.0.weight": MakesFolder(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"evil.pth: cannot be read: Weights only load failed"):
+        convert.read_file(tmp_path / "evil.pth", reduced("torchvision"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pth_without_pytorch_names_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "net.pth").touch()
+    script = f"""
+import sys
+sys.modules["torch"] = None
+from pathlib import Path
+from support import reduced
+from alexnet_jax.tools import convert
+convert.read_file(Path({str(tmp_path / "net.pth")!r}), reduced("torchvision"))
+"""
+    done = run_script(script, HOME=str(tmp_path))
+    assert "net.pth: cannot be read: PyTorch reads .pth files; pip install torch" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not numpy", "it is no .npy file"),
-        (b"", "it is no .npy file"),
+        (b"not numpy", "it is not a .npy file"),
+        (b"", "it is not a .npy file"),
         (np.zeros(3), "it holds an array of float64"),
         (np.array([1], dtype=object), "not a dictionary of layers"),
         (np.array({"conv1": 3}, dtype=object), "cannot be read: "),
     ],
 )
-def test_a_file_of_something_else_says_what(tmp_path: Path, content, message: str) -> None:
+def test_npy_with_other_content_raises(tmp_path: Path, content: bytes | np.ndarray, message: str) -> None:
     path = tmp_path / "net.npy"
-    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content, allow_pickle=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content, allow_pickle=True)
     with pytest.raises(ValueError, match=message):
-        weights.read_file(path, reduced("caffe_alexnet"))
+        convert.read_file(path, reduced("caffe_alexnet"))
 
 
-def test_a_truncated_file_is_refused(caffe, tmp_path: Path) -> None:
-    for name in ("net.npy", "net.safetensors"):
-        path = tmp_path / name
-        weights.write_file(path, caffe)
-        path.write_bytes(path.read_bytes()[:-1000])
-        with pytest.raises(ValueError, match=f"{name}: cannot be read"):
-            weights.read_file(path, reduced("caffe_alexnet"))
+@pytest.mark.parametrize("name", ["net.npy", "net.safetensors"])
+def test_truncated_file_raises(caffe: TrainedNetwork, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    convert.write_file(path, caffe)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+        convert.read_file(path, reduced("caffe_alexnet"))
 
 
 @pytest.mark.parametrize(
@@ -180,38 +219,84 @@ def test_a_truncated_file_is_refused(caffe, tmp_path: Path) -> None:
         ),
         (
             "net.safetensors",
-            {"model.layers.conv3.crosses": False},
+            {"model.layers.conv3.sees": "own"},
             r"features.6.weight has shape \(16, 16, 3, 3\), and conv3 needs \(16, 8, 3, 3\)",
         ),
         ("net.safetensors", {"data.crop": 150}, r"classifier.1.weight has shape \(16, 32\), and fc6 needs"),
     ],
 )
-def test_a_wrong_file_names_the_first_tensor_that_does_not_fit(caffe, tmp_path, name, changes, message) -> None:
-    weights.write_file(tmp_path / name, caffe)
+def test_file_of_another_architecture_raises_and_names_the_first_array(
+    caffe: TrainedNetwork, tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    convert.write_file(tmp_path / name, caffe)
     with pytest.raises(ValueError, match=message):
-        weights.read_file(tmp_path / name, reduced("caffe_alexnet", **changes))
+        convert.read_file(tmp_path / name, reduced("caffe_alexnet", **changes))
 
 
-def test_a_layer_that_is_not_there_is_named(caffe, tmp_path: Path) -> None:
-    np.save(tmp_path / "net.npy", np.array({"conv1": [np.zeros(1), np.zeros(1)]}, dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"has no conv2.weights, which the net needs; it has conv1.weights, conv1.bia"):
-        weights.read_file(tmp_path / "net.npy", caffe.config)
+def test_missing_layer_raises(caffe: TrainedNetwork, tmp_path: Path) -> None:
+    layers = np.array({"conv1": [np.zeros(1), np.zeros(1)]}, dtype=object)
+    np.save(tmp_path / "net.npy", layers, allow_pickle=True)
+    with pytest.raises(ValueError, match=r"has no conv2.weights, which the network needs; it has conv1.weights, conv1"):
+        convert.read_file(tmp_path / "net.npy", caffe.config)
 
 
-def test_torchvisions_layout_is_for_its_layers(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="torchvision's layout has five conv and three dense layers"):
-        weights.write_file(tmp_path / "net.safetensors", fresh("cifar_19pct"))
+def test_network_without_torchvisions_layers_raises(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be five conv and three dense layers, as torchvision's"):
+        convert.write_file(tmp_path / "net.safetensors", random_network("cifar_19pct"))
     assert not list(tmp_path.iterdir())
 
 
-def torchvision_alexnet(torch, config):
-    """torchvision's own net, as its source has it, with the config's widths."""
+@pytest.fixture(scope="module")
+def batch_norm() -> TrainedNetwork:
+    """A network with batch normalisation and random running averages."""
+    config = reduced("caffe_alexnet", **{"model.layers.conv2.then": ("batch_norm", "activation", "max_pool")})
+    variables = model.init(config.model, CLASSES, (config.data.crop, config.data.crop, 3), 0)
+    generator = np.random.default_rng(0)
+    averages = jax.tree.map(
+        lambda leaf: generator.uniform(0.5, 2, leaf.shape).astype(np.float32), variables["batch_stats"]
+    )
+    return TrainedNetwork(config, CLASSES, variables | {"batch_stats": averages})
+
+
+@pytest.mark.parametrize("name", ["net.npy", "net.safetensors"])
+def test_batch_normalisation_does_not_fit_other_layouts(batch_norm: TrainedNetwork, tmp_path: Path, name: str) -> None:
+    message = r"conv2_batch_norm=\['bias', 'scale'\]: must be a kernel and a bias .*; export the network as .stablehlo"
+    with pytest.raises(ValueError, match=message):
+        convert.write_file(tmp_path / name, batch_norm)
+    assert not list(tmp_path.iterdir())
+    convert.write_file(tmp_path / name, random_network("caffe_alexnet"))
+    with pytest.raises(ValueError, match=message):
+        convert.read_file(tmp_path / name, batch_norm.config)
+
+
+def test_stablehlo_has_batch_normalisation(batch_norm: TrainedNetwork) -> None:
+    exported = jax.export.deserialize(bytearray(convert.export(batch_norm)))
+    images = random_images(batch_norm.config)
+    logits = exported.call(images)
+    assert_close(logits, convert.forward(batch_norm)(images), 1e-5)
+    zeros = jax.tree.map(np.zeros_like, batch_norm.variables["batch_stats"])
+    others = convert.forward(batch_norm._replace(variables=batch_norm.variables | {"batch_stats": zeros}))(images)
+    assert np.abs(others - logits).max() > 0.01 * np.abs(logits).max()  # the averages matter
+
+
+def test_stablehlo_is_the_same_function_on_one_device_for_any_batch(caffe: TrainedNetwork) -> None:
+    exported = jax.export.deserialize(bytearray(convert.export(caffe)))
+    assert exported.nr_devices == 1
+    assert "feature_group_count = 2" in exported.mlir_module()
+    for batch in (1, 3):
+        images = random_images(caffe.config, batch)
+        logits = exported.call(images)
+        assert logits.shape == (batch, CLASSES)
+        assert_close(logits, convert.forward(caffe)(images), 1e-5)
+
+
+def torchvision_alexnet(torch: ModuleType, config: ConfigDict) -> Any:
+    """Return torchvision's own network, as in its source, with the config's widths."""
     nn = torch.nn
     widths = [config.model.layers[layer].features for layer in config.model.order[:-1]]
-    inputs = widths[4] * 2 * 2
 
-    class AlexNet(nn.Module):
-        def __init__(self):
+    class AlexNet(nn.Module):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
             super().__init__()
             self.features = nn.Sequential(
                 nn.Conv2d(3, widths[0], kernel_size=11, stride=4, padding=2),
@@ -230,7 +315,7 @@ def torchvision_alexnet(torch, config):
             )
             self.classifier = nn.Sequential(
                 nn.Dropout(),
-                nn.Linear(inputs, widths[5]),
+                nn.Linear(widths[4] * 2 * 2, widths[5]),
                 nn.ReLU(),
                 nn.Dropout(),
                 nn.Linear(widths[5], widths[6]),
@@ -238,156 +323,142 @@ def torchvision_alexnet(torch, config):
                 nn.Linear(widths[6], CLASSES),
             )
 
-        def forward(self, x):
+        def forward(self, x: Any) -> Any:
             return self.classifier(torch.flatten(self.features(x), 1))
 
     return AlexNet().eval()
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_torchvisions_net_gives_the_same_logits_here_and_there_and_back(torch, tmp_path: Path, legacy: bool) -> None:
+def test_torchvisions_network_gives_its_logits_and_goes_back(torch: ModuleType, tmp_path: Path, legacy: bool) -> None:
     config = reduced("torchvision")
     torch.manual_seed(0)
-    net = torchvision_alexnet(torch, config)
-    for parameter in net.parameters():
-        parameter.data *= 3  # so that the images tell
-    torch.save(net.state_dict(), tmp_path / "net.pth", _use_new_zipfile_serialization=not legacy)
-    read = weights.read_file(tmp_path / "net.pth", config)
+    network = torchvision_alexnet(torch, config)
+    for parameter in network.parameters():
+        parameter.data *= 3  # logits then depend on the image
+    torch.save(network.state_dict(), tmp_path / "net.pth", _use_new_zipfile_serialization=not legacy)
+    read = convert.read_file(tmp_path / "net.pth", config)
 
-    images = pixels(config)
-    scaled = (torch.tensor(images).permute(0, 3, 1, 2) / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / (
-        torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    )
-    expected = net(scaled).detach().numpy()
+    images = random_images(config)
+    mean, std = (torch.tensor(values)[:, None, None] for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    expected = network((torch.tensor(images).permute(0, 3, 1, 2) / 255 - mean) / std).detach().numpy()
     assert np.ptp(expected, axis=0).max() > 0.01
-    np.testing.assert_allclose(weights.forward(read)(images), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert_close(convert.forward(read)(images), expected, 1e-5)
 
-    import safetensors.torch
-
-    weights.write_file(tmp_path / "back.safetensors", read)
-    back = safetensors.torch.load_file(tmp_path / "back.safetensors")
-    assert list(back) == sorted(net.state_dict())
-    assert all(torch.equal(back[key], tensor) for key, tensor in net.state_dict().items())
-
-
-def test_a_pth_that_holds_more_than_tensors_is_refused(torch, tmp_path: Path) -> None:
-    torch.save({"features.0.weight": _Touch(tmp_path / "ran")}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"evil.pth: cannot be read: Weights only load failed"):
-        weights.read_file(tmp_path / "evil.pth", reduced("torchvision"))
-    assert not (tmp_path / "ran").exists()
+    convert.write_file(tmp_path / "back.safetensors", read)
+    back = safetensors.numpy.load_file(tmp_path / "back.safetensors")
+    assert set(back) == set(network.state_dict())
+    for name, tensor in network.state_dict().items():
+        np.testing.assert_array_equal(back[name], tensor.numpy())
 
 
-def test_caffes_weights_give_caffes_logits(torch, caffe, tmp_path: Path) -> None:
-    """Of blue, green and red pixels, with the file's own kernels, normalised across the groups."""
-    import torch_alexnet
+def test_caffes_weights_give_caffes_logits(torch: ModuleType, caffe: TrainedNetwork, tmp_path: Path) -> None:
+    """With blue, green and red pixels, the file's own kernels, and normalisation across the groups."""
+    import torch_alexnet  # imports PyTorch
 
-    weights.write_file(tmp_path / "net.npy", caffe)
+    convert.write_file(tmp_path / "net.npy", caffe)
     layers = np.load(tmp_path / "net.npy", allow_pickle=True).item()
     params = {layer: {"kernel": kernel, "bias": bias} for layer, (kernel, bias) in layers.items()}
-    images = pixels(caffe.config)
+    images = random_images(caffe.config)
     bgr = (images[..., ::-1].astype(np.float32) - np.float32([100, 110, 120])) / np.float32([4, 3, 2])
-    expected = torch_alexnet.forward(caffe.config.model, torch_alexnet.tensors(params), torch.tensor(bgr.copy()))
-    expected = expected.detach().numpy()
+    logits = torch_alexnet.forward(caffe.config.model, torch_alexnet.tensors(params), torch.tensor(bgr.copy()))
+    expected = logits.detach().numpy()
     assert np.ptp(expected, axis=0).max() > 0.01 * np.abs(expected).max()
-    np.testing.assert_allclose(weights.forward(caffe)(images), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-
-
-def test_stablehlo_is_the_same_function_on_one_device_for_any_batch(caffe) -> None:
-    exported = jax.export.deserialize(bytearray(weights.export(caffe)))
-    assert exported.nr_devices == 1
-    assert "feature_group_count = 2" in exported.mlir_module()
-    for batch in (1, 3):
-        images = pixels(caffe.config, batch)
-        logits = exported.call(images)
-        assert logits.shape == (batch, CLASSES)
-        np.testing.assert_allclose(logits, weights.forward(caffe)(images), rtol=0, atol=1e-5 * np.abs(logits).max())
+    assert_close(convert.forward(caffe)(images), expected, 2e-5)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of twelve steps on two devices."""
-    folder = tmp_path_factory.mktemp("weights") / "run"
+    folder = tmp_path_factory.mktemp("trained") / "run"
     train.train_and_evaluate(run_config(**TINY), folder)
     return folder
 
 
-def test_a_run_goes_through_a_file_into_a_run_that_trains_on(trained: Path, tmp_path: Path) -> None:
-    first = weights.read_run(trained)
-    config = run_config(**TINY)
-    weights.convert(trained, tmp_path / "net.npy")
-    weights.convert(tmp_path / "net.npy", tmp_path / "again", config)
-    assert_same(weights.read_run(tmp_path / "again"), first)
-    before = records.read_json(trained / "result.json")
+def test_run_converted_to_a_file_and_back_resumes_training(trained: Path, tmp_path: Path) -> None:
+    first, config, again = load_run(trained), run_config(**TINY), RunDir(tmp_path / "again")
+    convert.convert(trained, tmp_path / "net.npy")
+    convert.convert(tmp_path / "net.npy", again.path, config)
+    assert_equal(load_run(again.path), first)
+    shutil.rmtree(again.path)
     config.optim.learning_rate = 1e-9
-    shutil.rmtree(tmp_path / "again")
-    weights.convert(tmp_path / "net.npy", tmp_path / "again", config)
-    after = train.train_and_evaluate(config, tmp_path / "again")
-    assert "from step 0 to 12" in (tmp_path / "again" / "train.log").read_text()
+    convert.convert(tmp_path / "net.npy", again.path, config)
+    before, after = RunDir(trained).result, train.train_and_evaluate(config, again.path)
+    assert before is not None
+    assert "from step 0 to 12" in again.log_file.read_text()
     assert abs(after["eval/loss"] - before["eval/loss"]) < 1e-6
-    with pytest.raises(ValueError, match="again: is there already; name a new folder"):
-        weights.convert(tmp_path / "net.npy", tmp_path / "again", config)
+    with pytest.raises(ValueError, match="again: must be a new folder"):
+        convert.convert(tmp_path / "net.npy", again.path, config)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_moves_between_two_devices_and_one(trained: Path, tmp_path: Path) -> None:
-    """Where there is one device, a run of two goes on there; the towers' axis stays the same."""
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
+def test_checkpoint_moves_between_two_devices_and_one(trained: Path, tmp_path: Path) -> None:
+    """A run of two devices resumes on one, and back; the tower axis stays the same."""
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(trained, run.path)
 
-    def longer(epochs: float) -> ConfigDict:
-        """The run as one that is to go on."""
-        (run / "result.json").unlink()
-        (run / "config.json").unlink()
+    def extend(epochs: float) -> ConfigDict:
+        """Make the run one that is unfinished."""
+        run.result_file.unlink()
+        run.config_file.unlink()
         return run_config(**TINY | {"train.epochs": epochs})
 
-    config = longer(0.014)
+    config = extend(0.014)
     script = f"""
 from pathlib import Path
 import jax
 jax.config.update("jax_num_cpu_devices", 1)
-from alexnet_jax import config, train, weights
-weights.convert(Path({str(trained)!r}), Path({str(tmp_path / "one.npy")!r}))
-train.train_and_evaluate(config.from_json({config_lib.as_json(config)!r}), {str(run)!r})
+from alexnet_jax import config, train
+from alexnet_jax.tools import convert
+convert.convert(Path({str(trained)!r}), Path({str(tmp_path / "one.npy")!r}))
+train.train_and_evaluate(config.from_json({config_lib.as_json(config)!r}), {str(run.path)!r})
 """
-    done = run_script(script, HOME=str(tmp_path), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    done = run_script(script, HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    weights.convert(trained, tmp_path / "two.npy")
+    convert.convert(trained, tmp_path / "two.npy")
     assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "two.npy").read_bytes()
-    assert "vmap on cpu:0: from step 12 to 14" in (run / "train.log").read_text()
-    # ... and what one device saved, two go on with.
-    train.train_and_evaluate(longer(0.016), run)
-    assert "pmap on cpu:0, cpu:1: from step 14 to 16" in (run / "train.log").read_text()
+    assert "vmap on cpu:0: from step 12 to 14" in run.log_file.read_text().lower()
+    train.train_and_evaluate(extend(0.016), run.path)
+    assert "pmap on cpu:0, cpu:1: from step 14 to 16" in run.log_file.read_text().lower()
 
 
-def test_the_command_converts_and_says_how_pixels_are_prepared(trained: Path, tmp_path: Path) -> None:
-    done = command("alexnet_jax.weights", str(trained), str(tmp_path / "net.stablehlo"))
+def test_command_converts_and_prints_the_normalisation(trained: Path, tmp_path: Path) -> None:
+    done = command("alexnet_jax", "convert", str(trained), str(tmp_path / "net.stablehlo"))
     assert done.returncode == 0, done.stderr
-    assert "for 23x23 pixels of 0 to 255 minus (33.4,), divided by (79.0,)" in done.stdout
+    assert "23x23 pixels of 0 to 255, minus (33.4,), divided by (79.0,)" in done.stdout
     exported = jax.export.deserialize(bytearray((tmp_path / "net.stablehlo").read_bytes()))
     images = np.random.default_rng(0).integers(0, 256, (2, 23, 23, 1)).astype(np.uint8)
-    np.testing.assert_allclose(
-        exported.call(images), weights.forward(weights.read_run(trained))(images), rtol=0, atol=1e-5
-    )
+    logits = convert.forward(load_run(trained))(images)
+    np.testing.assert_allclose(exported.call(images), logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [
-        ("here.npy", "there", "say which net it is of: --config=configs/nets/"),
-        ("folder", "there.npy", "is no run's folder"),
-        ("here.npy", "there.pth", "are read, not written"),
-        ("here.npy", "nowhere/there.npy", "there is no folder"),
+        ("here.npy", "there", "must come with its architecture; give --config=configs/networks/"),
+        ("folder", "there.npy", "must be a run's folder"),
+        ("here.npy", "there.pth", "must not be .pth"),
+        ("here.npy", "nowhere/there.npy", "must be in an existing folder"),
     ],
 )
-def test_what_cannot_be_converted_is_said_before_anything_is_written(tmp_path, source, target, message) -> None:
+def test_bad_input_raises_before_anything_is_written(tmp_path: Path, source: str, target: str, message: str) -> None:
     (tmp_path / "here.npy").touch()
     (tmp_path / "folder").mkdir()
+    arguments = argparse.Namespace(source=tmp_path / source, target=tmp_path / target, config=None)
     with pytest.raises(ValueError, match=message):
-        weights.convert(tmp_path / source, tmp_path / target)
+        convert.main(arguments)
     assert {path.name for path in tmp_path.iterdir()} == {"here.npy", "folder"}
 
 
-def test_a_damaged_checkpoint_is_not_taken_for_a_net(trained: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "_checksums", lambda tree: {"params/conv1/kernel": id(tree)})
-    with pytest.raises(ValueError, match="is damaged, first in"):
-        weights.read_run(trained)
+def test_damaged_checkpoint_is_not_converted(trained: Path, tmp_path: Path) -> None:
+    """In a process of its own: Orbax abandons its other reads, and Python warns whenever it notices."""
+    run, target = RunDir(tmp_path / "run"), tmp_path / "net.npy"
+    shutil.copytree(trained, run.path)
+    arrays = max(run.checkpoints.glob("12/state/**/d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(arrays.read_bytes())
+    content[len(content) // 2] ^= 1
+    arrays.write_bytes(content)
+    done = command("alexnet_jax", "convert", str(run.path), str(target))
+    assert done.returncode == 1
+    assert re.search("the checkpoint of step 12 (is damaged, first in|cannot be read)", done.stderr)
+    assert not target.exists()

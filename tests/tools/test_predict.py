@@ -1,41 +1,46 @@
-"""What a net says of pictures is what it says of the same pixels elsewhere."""
+"""Predictions for image files equal those of evaluation for the same pixels; neighbours are nearest in the features."""
 
-from functools import partial
+import argparse
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from conftest import any_pixels, run_config
 from PIL import Image
-from test_evaluate import SPREAD
+from support import TINY, random_statistics, run_config
 
-from alexnet_jax import checkpoint, data, evaluate, model, panels, predict, train
-from alexnet_jax.checkpoint import Weights
-from alexnet_jax.towers import Executor
+from alexnet_jax import evaluate, model, train
+from alexnet_jax.checkpoint import TrainedNetwork, load_run, save_run
+from alexnet_jax.data import datasets
+from alexnet_jax.parallel import Executor
+from alexnet_jax.run_dir import RunDir
+from alexnet_jax.tools import predict
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
-
-def make_run(folder: Path, **changes: object) -> Path:
-    config = run_config(**SPREAD | changes)
-    params = model.init(config.model, 10, (23, 23, 1), 3)
-    train.save_start(Weights(config, 10, params, any_pixels(config, 1)), folder)
-    return folder
+# Initial weights with which predictions differ between images.
+SPREAD: dict[str, Any] = TINY | {
+    **{f"model.layers.{name}.weight_std": 0.3 for name in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7")},
+    "model.layers.fc8.weight_std": 1.0,
+    "data.subtract": "mean_image",
+}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    batches_that_do_not_come_out_even = {"eval.batch_size": 300}
-    return make_run(tmp_path_factory.mktemp("runs") / "run", **batches_that_do_not_come_out_even)
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    config = run_config(**SPREAD, **{"eval.batch_size": 300})  # does not divide the 1,000 held-out images
+    variables = model.init(config.model, 10, (23, 23, 1), 3)
+    network = TrainedNetwork(config, 10, variables, random_statistics(config, 1))
+    save_run(RunDir(folder), network, train.new_state(config, variables), {})
+    return folder
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three held-out images as files, in folders called as their classes; the last one's is not a class."""
-    source = data.load(run_config().data).evaluation
+    """Three held-out images as files in folders named after their classes, the last one in another folder."""
+    source = datasets.load(run_config().data).evaluation
     files = []
-    for position, folder in ((10, None), (555, None), (903, "pictures")):
+    for position, folder in ((10, None), (555, None), (903, "images")):
         example = source[position]
         file = tmp_path_factory.mktemp("digits") / (folder or str(example["label"])) / f"{position}.png"
         file.parent.mkdir()
@@ -44,50 +49,56 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return files
 
 
+def run_verb(*arguments: str) -> None:
+    parser = argparse.ArgumentParser()
+    predict.add_arguments(parser)
+    predict.main(parser.parse_args(arguments))
+
+
 @pytest.mark.parametrize("views", [None, 10])
-def test_predictions_are_those_of_evaluation(run: Path, digits: list[Path], views: int | None) -> None:
-    weights, source = checkpoint.read_run(run), data.load(run_config().data).evaluation
-    with weights.config.unlocked():
-        weights.config.eval.views = views or 1
-    executor = Executor("vmap", 2)
-    logits = evaluate.predictor(weights.config, 10, weights.known_pixels(), executor)
+def test_predictions_equal_those_of_evaluation(run: Path, digits: list[Path], views: int | None) -> None:
+    network, source = load_run(run), datasets.load(run_config().data).evaluation
+    config, executor = network.config.copy_and_resolve_references(), Executor("vmap", 2)
+    config.eval.views = views or 1
     images = np.stack([source[position]["image"] for position in (10, 555, 903)])
-    expected = np.asarray(jax.nn.softmax(logits(executor.place(weights.params), images)))
-    found = predict.predict(run, digits, views=views)
-    for prediction, image, probabilities in zip(found, images, expected, strict=True):
+    predictor = evaluate.make_predictor(config, 10, executor)
+    logits = predictor(executor.place(network.variables), network.known_statistics(), images)
+    expected = np.asarray(jax.nn.softmax(logits))
+    predictions = predict.predict(run, digits, views=views)
+    for prediction, image, probabilities in zip(predictions, images, expected, strict=True):
         np.testing.assert_array_equal(prediction.image, image)
-        assert prediction.classes == [str(position) for position in np.argsort(-probabilities)[:5]]
+        assert prediction.classes == [str(label) for label in np.argsort(-probabilities)[:5]]
         np.testing.assert_allclose(prediction.probabilities, np.sort(probabilities)[:-6:-1], rtol=1e-4)
         assert prediction.neighbours == []
-    assert [prediction.truth for prediction in found] == ["0", "5", None]
+    assert [prediction.truth for prediction in predictions] == ["0", "5", None]
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("executor", "sees"),
     [
-        {"train.executor": "pmap"},
-        {"train.executor": "vmap"},
-        {"train.executor": "vmap", "model.layers.fc8.crosses": False},
-        {"model.towers": 1},
+        (Executor("pmap", 2), "all"),
+        (Executor("vmap", 2), "own"),
+        (Executor("shard_map", 1, shards=2), "all"),
     ],
 )
-def test_features_are_what_the_last_layer_makes_logits_of(changes: dict, digits: list[Path]) -> None:
-    config = run_config(**SPREAD | changes)
-    towers = config.model.towers
-    seen, executor = any_pixels(config, 1), Executor(config.train.executor, towers)
-    params = model.init(config.model, 10, (23, 23, 1), 3)
-    source = data.load(config.data).evaluation
-    images = np.stack([source[position]["image"] for position in (10, 555)])
-    run_on = partial(lambda function: function(config, 10, seen, executor)(executor.place(params), images))
-    found, logits = run_on(predict.features), run_on(evaluate.predictor)
-    assert found.shape == (2, config.model.layers.fc7.features)
-    kernel, bias = (np.asarray(params["fc8"][name]) for name in ("kernel", "bias"))
-    inputs = [np.asarray(found)] * towers if config.model.layers.fc8.crosses else np.split(found, towers, axis=1)
+def test_features_are_the_inputs_of_the_last_layer(executor: Executor, sees: str) -> None:
+    towers = executor.towers
+    config = run_config(**SPREAD, **{"model.towers": towers, "model.layers.fc8.sees": sees})
+    variables, statistics = model.init(config.model, 10, (23, 23, 1), 3), random_statistics(config, 1)
+    source = datasets.load(config.data).evaluation
+    images = np.stack([source[position]["image"] for position in (10, 555, 903)])
+    features, logits = (
+        np.asarray(make(config, 10, executor)(executor.place(variables), statistics, images))
+        for make in (predict.features, evaluate.make_predictor)
+    )
+    assert features.shape == (3, config.model.layers.fc7.features)
+    kernel, bias = (variables["params"]["fc8"][name] for name in ("kernel", "bias"))
+    inputs = [features] * towers if sees == "all" else np.split(features, towers, axis=1)
     of_towers = [inputs[tower] @ kernel[tower] + bias[tower] for tower in range(towers)]
     np.testing.assert_allclose(np.concatenate(of_towers, axis=1), logits, rtol=1e-3, atol=1e-4)
 
 
-def test_a_held_out_image_is_its_own_nearest_neighbour(run: Path, digits: list[Path]) -> None:
+def test_held_out_image_is_its_own_nearest_neighbour(run: Path, digits: list[Path]) -> None:
     for prediction, label in zip(predict.predict(run, digits, neighbours=3), ("0", "5", "9"), strict=True):
         assert len(prediction.neighbours) == 3
         image, name = prediction.neighbours[0]
@@ -96,32 +107,18 @@ def test_a_held_out_image_is_its_own_nearest_neighbour(run: Path, digits: list[P
         assert not np.array_equal(prediction.neighbours[1][0], image)
 
 
-def test_what_fills_up_a_batch_is_no_neighbour(run: Path, tmp_path: Path) -> None:
+def test_padding_of_a_batch_is_not_a_neighbour(run: Path, tmp_path: Path) -> None:
     Image.new("L", (28, 28)).save(tmp_path / "black.png")
     (prediction,) = predict.predict(run, [tmp_path / "black.png"], neighbours=1)
     assert prediction.neighbours[0][0].any()
 
 
-def test_the_drawing_has_pictures_bars_and_neighbours() -> None:
-    image = np.zeros((8, 8, 3), np.uint8)
-    known = predict.Prediction(image, "cat", ["dog", "cat"], np.array([0.7, 0.3]), [(image, "cat"), (image, "fox")])
-    unknown = known._replace(truth=None)
-    axes = panels.figure_4([known, unknown]).axes
-    assert len(axes) == 2 * 4
-    assert [of.get_title() for of in axes] == ["cat", "", "cat", "fox", "", "", "cat", "fox"]
-    assert [bar.get_width() for bar in axes[1].patches] == [0.7, 0.3]
-    dog, cat = (bar.get_facecolor() for bar in axes[1].patches)
-    assert dog != cat
-    assert {bar.get_facecolor() for bar in axes[5].patches} == {dog}
-    assert [text.get_text() for text in axes[1].texts] == ["dog", "cat"]
-
-
-def test_the_command_prints_and_draws(
+def test_verb_prints_and_draws(
     run: Path, digits: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    output = tmp_path / "panel.png"
-    predict.main([f"--run={run}", "--neighbours=0", f"--output={output}", str(digits[1])])
+    output = tmp_path / "figure.png"
+    run_verb(f"--run={run}", "--neighbours=0", f"--output={output}", str(digits[1]))
     (prediction,) = predict.predict(run, digits[1:2])
     printed = capsys.readouterr().out
     for name, probability in zip(prediction.classes, prediction.probabilities, strict=True):
@@ -130,17 +127,17 @@ def test_the_command_prints_and_draws(
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
-def test_slips_are_answered_before_anything_is_drawn(run: Path, digits: list[Path], tmp_path: Path) -> None:
+def test_bad_input_raises_before_anything_is_drawn(run: Path, digits: list[Path], tmp_path: Path) -> None:
     text = tmp_path / "text.jpg"
-    text.write_text("no picture")
-    picture = str(digits[0])
+    text.write_text("no image")
+    image = str(digits[0])
     for arguments, message in (
-        ([f"--run={run}", str(text)], "text.jpg: is no picture that can be read"),
-        ([f"--run={run}", str(tmp_path / "absent.jpg")], "absent.jpg: is no picture that can be read .*No such file"),
-        ([f"--run={tmp_path}", picture], "is no run's folder"),
-        ([f"--run={run}", "--neighbours=1001", picture], "must be at most the 1000 held-out images"),
-        ([f"--run={run}", "--neighbours=-1", picture], "must be 0 or more"),
+        ([f"--run={run}", str(text)], "text.jpg: cannot be read as an image"),
+        ([f"--run={run}", str(tmp_path / "absent.jpg")], "absent.jpg: cannot be read as an image .*No such file"),
+        ([f"--run={tmp_path}", image], "must be a run's folder"),
+        ([f"--run={run}", "--neighbours=1001", image], "must be at most the 1000 held-out images"),
+        ([f"--run={run}", "--neighbours=-1", image], "--neighbours=-1: must be 0 or more"),
     ):
-        with pytest.raises(SystemExit, match=message):
-            predict.main([*arguments, f"--output={tmp_path / 'panel.png'}"])
-    assert not (tmp_path / "panel.png").exists()
+        with pytest.raises(ValueError, match=message):
+            run_verb(*arguments, f"--output={tmp_path / 'figure.png'}")
+    assert not (tmp_path / "figure.png").exists()
