@@ -64,8 +64,8 @@ def mean_of_probabilities(logits: jax.Array) -> jax.Array:
 def make_predictor(config: ConfigDict, classes: int, executor: Executor) -> Predictor:
     """Return the compiled function (variables, statistics, images) -> logits (batch, classes), for any batch size.
 
-    It averages probabilities over ``eval.views`` views of each image (paper, section 4.1), one view at a time. Runs that
-    differ in seed, optimiser or training only share one compiled function.
+    It averages probabilities over ``eval.views`` views of each image (paper, section 4.1), one view at a time. Runs
+    that differ in seed, optimiser or training only share one compiled function.
 
     Args:
       config: a run's config.

@@ -1,8 +1,8 @@
 """Does a network of rectified linear units learn faster than one of tanh units?
 
-The paper, section 3.1 and figure 1: on CIFAR-10, a four-layer convolutional network reaches a training error of 25 % six
-times faster. No regularisation, and the learning rate of each network "chosen independently to make training as fast as
-possible": each arm tunes it on the same epochs to 25 % that are then compared, with other seeds.
+The paper, section 3.1 and figure 1: on CIFAR-10, a four-layer convolutional network reaches a training error of 25 %
+six times faster. There is no regularisation, and the learning rates are "chosen independently to make training as fast
+as possible": each arm tunes its own by the epochs to 25 % that are then compared, with other seeds.
 
 Measured: see experiments/relu.
 """

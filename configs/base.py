@@ -86,16 +86,16 @@ def claim(
     ratio: float | None = None,
     margin: float | None = None,
 ) -> dict[str, object]:
-    """Return a claim of the paper: that the arm's metric is higher than the first arm's.
+    """Return a claim of the paper about an arm: that its metric is higher than the first arm's, if no size is given.
 
     Args:
       arm: Name of an arm other than the first.
       metric: A column of results.csv.
       source: Section or figure of the paper.
-      difference: Claimed size of the effect, the arm's metric minus the first arm's. Errors are fractions of 1.
-      ratio: Claimed size of the effect, the arm's metric divided by the first arm's. Less than 1: it is lower.
+      difference: Claimed effect: the arm's metric minus the first arm's. Errors are fractions of 1. Negative: lower.
+      ratio: Claimed effect: the arm's metric divided by the first arm's. Less than 1: lower.
       margin: Half-width of "no effect": a difference in the unit of the metric, or a factor of more than 1 if a ratio
-        is claimed. None: half the claimed difference, or 0.005 if only its sign is claimed; a factor of 1.25.
+        is claimed. None: half the claimed difference; 0.005 for errors without one; a factor of 1.25 for ratios.
     """
     return {
         "arm": arm,
@@ -259,7 +259,7 @@ def get_config(
 
     # Section 5.
     config.optim = ConfigDict()
-    # "paper": momentum with the learning rate inside the velocity; "sgd": learning rate outside, as in PyTorch; "adamw".
+    # "paper": momentum with the learning rate inside the velocity; "sgd": outside, as in PyTorch; or "adamw".
     config.optim.name = "paper"
     config.optim.learning_rate = 0.01
     config.optim.momentum = 0.9  # of "paper" and "sgd"

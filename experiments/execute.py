@@ -1,4 +1,4 @@
-"""Executes notebooks in place and keeps their outputs: python experiments/execute.py [NOTEBOOK ...]; by default all."""
+"""Execute notebooks in place and keep their outputs: python experiments/execute.py [NOTEBOOK ...]; default: all."""
 
 import asyncio
 import sys
@@ -10,15 +10,14 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted(Path(__file__).parent.glob("**/*.ipynb"))
 
 
-def executed(path: Path) -> nbformat.NotebookNode:
-    """A notebook with the outputs of its code, without counts and times, which change when nothing else does.
+def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
+    """Run a notebook in a folder and return it with its outputs, without execution counts and times.
 
     Raises:
-      CellExecutionError: a cell failed.
+      CellExecutionError: A cell failed.
     """
-    notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}, record_timing=False)
-    asyncio.run(client.async_execute())  # which closes its event loop, as client.execute() does not
+    client = NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, record_timing=False)
+    asyncio.run(client.async_execute())  # unlike client.execute(), this closes its event loop
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -31,6 +30,6 @@ def executed(path: Path) -> nbformat.NotebookNode:
 
 
 if __name__ == "__main__":
-    for notebook_path in [Path(name) for name in sys.argv[1:]] or NOTEBOOKS:
-        nbformat.write(executed(notebook_path), notebook_path)
-        print(notebook_path)
+    for path in [Path(name) for name in sys.argv[1:]] or NOTEBOOKS:
+        nbformat.write(execute(nbformat.read(path, as_version=4), path.parent), path)
+        print(path)

@@ -75,7 +75,7 @@ def random_statistics(config: ConfigDict, channels: int = 3) -> Statistics:
     size = config.data.image_size
     mean = generator.uniform(90, 150, (size, size, channels)).astype(np.float32)
     axes = np.linalg.qr(generator.normal(size=(channels, channels)))[0].astype(np.float32)
-    return Statistics(mean, np.float32([60, 30, 10][:channels]), axes)
+    return Statistics(mean, np.array([60, 30, 10][:channels], np.float32), axes)
 
 
 def centre_crops(images: np.ndarray, config: ConfigDict) -> jax.Array:

@@ -48,7 +48,7 @@ def test_training_and_testing_match_pytorch(executor: Executor, torch: ModuleTyp
     generator = np.random.default_rng(0)
     for name, mean in (("scale", 1.0), ("bias", 0.0)):
         values = variables["params"]["conv1_batch_norm"][name]
-        variables["params"]["conv1_batch_norm"][name] = np.float32(generator.normal(mean, 0.3, values.shape))
+        variables["params"]["conv1_batch_norm"][name] = generator.normal(mean, 0.3, values.shape).astype(np.float32)
 
     def gradients(variables: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
         def tower_loss(params: Any) -> tuple[jax.Array, Any]:
@@ -83,7 +83,7 @@ def test_training_and_testing_match_pytorch(executor: Executor, torch: ModuleTyp
         return units @ torch.tensor(np.concatenate(fc8["kernel"], axis=1)) + torch.tensor(fc8["bias"].ravel()), maps
 
     for number in (1, 2):
-        images = np.float32(generator.normal(number, 2, (4, SIZE, SIZE, 1)))
+        images = generator.normal(number, 2, (4, SIZE, SIZE, 1)).astype(np.float32)
         labels = generator.integers(0, CLASSES, 4)
         ours, variables["batch_stats"], logits = step(executor.place(variables), images, labels)
         expected, maps = oracle(images)

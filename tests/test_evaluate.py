@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
-from support import TINY, random_statistics, run_config
 
 from alexnet_jax import evaluate, model, train
 from alexnet_jax.checkpoint import TrainedNetwork, load_run, save_run
@@ -23,6 +22,7 @@ from alexnet_jax.data.datasets import Arrays
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.parallel import TOWER, Executor
 from alexnet_jax.run_dir import RunDir
+from support import TINY, random_statistics, run_config
 
 # Initial weights with which logits differ between images, and probabilities between classes.
 SPREAD: dict[str, Any] = TINY | {
@@ -73,7 +73,7 @@ def reference_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str
 
 @pytest.fixture(scope="module")
 def held_out() -> tuple[np.ndarray, np.ndarray, Arrays]:
-    """Images, labels, and both as a source."""
+    """Return images, labels, and both as a source."""
     source = datasets.load(run_config().data).evaluation
     batch = loader.read(source, np.arange(COUNT) * (1000 // COUNT), 28)
     return batch["image"], batch["label"], Arrays(batch["image"], batch["label"])
@@ -161,7 +161,7 @@ def test_missed_image_raises(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Runs on the same images: two towers, another seed, and one tower with another crop and mean."""
+    """Write runs on the same images: two towers, another seed, and one tower with another crop and mean."""
     folders = []
     one_tower = {"model.towers": 1, "data.crop": 25, "data.subtract": "central_mean_image"}
     for config in (run_config(**SPREAD), run_config(seed=1, **SPREAD), run_config(seed=1, **SPREAD | one_tower)):

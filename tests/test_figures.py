@@ -81,7 +81,12 @@ def test_confident_errors_are_the_misclassified_images_of_the_highest_loss(monke
     outcomes = Outcomes({"loss": losses, "top1_error": wrong.astype(float)}, labels, np.full(200, 9))
     drawn: list[Figure] = []
     render = figures.render
-    monkeypatch.setattr(figures, "render", lambda figure: (drawn.append(figure), render(figure))[1])
+
+    def spy(figure: Figure) -> np.ndarray:
+        drawn.append(figure)
+        return render(figure)
+
+    monkeypatch.setattr(figures, "render", spy)
     image = figures.confident_errors(outcomes, dataset, 8)
     assert image.shape[-1] == 3
     assert 0 <= image.min() < image.max() == 1

@@ -8,21 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from support import NETWORKS, REPOSITORY, assert_close, command, network_config, reduced
 
 from alexnet_jax import config as config_lib
 from alexnet_jax import model
+from alexnet_jax.__main__ import run_verb
 from alexnet_jax.checkpoint import TrainedNetwork
 from alexnet_jax.evaluate import per_example_metrics
 from alexnet_jax.optim import BIAS, KERNEL
-from alexnet_jax.parallel import DATA, TOWER, make_executor
+from alexnet_jax.parallel import TOWER, make_executor
 from alexnet_jax.tools import convert, summary
+from support import NETWORKS, REPOSITORY, assert_close, command, network_config, reduced
 
 MILLION = 10**6
 PAPER_SENT = (21_632, 4_608, 2_048, 2_048, 500)  # sent by a tower before conv3, fc6, fc7, fc8; the logits
 
+TUTORIAL_CONVOLUTIONS = 52_707_600 + 111_974_400 + 37_380_096 + 56_070_144 + 37_380_096  # multiply-adds
+
 # Parameters, multiply-adds (int: exact; float: as rounded by the source), neurons, activations sent by a tower.
-NUMBERS: dict[str, tuple[int, float | None, int | None, tuple[int, ...]]] = {
+NUMBERS: dict[str, tuple[int, float, int | None, tuple[int, ...]]] = {
     "paper": (60_965_224, 724_406_816, 659_272, PAPER_SENT),
     "code2012": (60_965_224, 724_406_816, 659_272, PAPER_SENT),
     "pool_before_lrn": (60_965_224, 724_406_816, 659_272, PAPER_SENT),
@@ -35,24 +38,24 @@ NUMBERS: dict[str, tuple[int, float | None, int | None, tuple[int, ...]]] = {
     # 4608x4096 and 4096x2048, 4096x1000. The towers communicate before fc8 only: 2,048 activations.
     "no_crossing": (
         34_944 + 384_320 + 553_344 + 663_936 + 442_624 + 37_756_928 + 16_781_312 + 4_097_000,
-        None,
+        105_415_200 + 279_936_000 + 93_450_240 + 112_140_288 + 74_760_192 + 37_748_736 + 16_777_216 + 4_096_000,
         None,
         (2_048, 500),
     ),
     # By hand, from the tutorial's layers: the first dense layer has 6x6x128 = 4608 inputs.
     "keras_tutorial_v1": (
         17_472 + 153_728 + 221_376 + 331_968 + 221_312 + 9_439_232 + 4_196_352 + 2_049_000,
-        None,
+        TUTORIAL_CONVOLUTIONS + 4608 * 2048 + 2048 * 2048 + 2048 * 1000,
         None,
         (),
     ),
     "keras_tutorial_v2": (
         17_472 + 153_728 + 221_376 + 331_968 + 221_312 + 4_719_616 + 131_200 + 129_000,
-        None,
+        TUTORIAL_CONVOLUTIONS + 4608 * 1024 + 1024 * 128 + 128 * 1000,
         None,
         (),
     ),
-    "cifar_80sec": (145_578, None, None, ()),
+    "cifar_80sec": (145_578, 12_354_176, None, ()),
     "cifar_19pct": (89_578, 12.3 * MILLION, None, ()),
     "cifar_18pct": (89_578, 12.3 * MILLION, None, ()),
     "cifar_13pct": (1_116_490, 18.5 * MILLION, None, ()),
@@ -79,9 +82,8 @@ def test_sizes_match_the_source(name: str) -> None:
     parameters, multiply_adds, neurons, sent = NUMBERS[name]
     rows = summary_rows(name)
     assert sum(row.parameters for row in rows) == parameters
-    if multiply_adds is not None:
-        tolerance = 0 if isinstance(multiply_adds, int) else 0.05 * MILLION
-        assert abs(sum(row.multiply_adds for row in rows) - multiply_adds) <= tolerance
+    tolerance = 0 if isinstance(multiply_adds, int) else 0.05 * MILLION
+    assert abs(sum(row.multiply_adds for row in rows) - multiply_adds) <= tolerance
     if neurons is not None:
         assert sum(row.neurons for row in rows) == neurons
     assert sorted(value for row in rows for value in row.sent) == sorted(sent)
@@ -112,7 +114,7 @@ def test_activations_sent_match_the_collectives(name: str) -> None:
     variables = model.shapes(config.model, 1000, input_shape(config))
     one_tower = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), variables)
 
-    def tower(variables: Any, images: jax.Array) -> jax.Array:
+    def tower(variables: Any, images: jax.Array) -> Any:
         return network.apply(variables, images, train=False)
 
     program = jax.make_jaxpr(tower, axis_env=[(TOWER, 2)])(one_tower, jnp.zeros((1, *input_shape(config))))
@@ -123,7 +125,7 @@ def test_activations_sent_match_the_collectives(name: str) -> None:
     assert carried == sum(sum(row.sent) for row in summary_rows(name))
 
 
-def random_images(config: ConfigDict, batch: int) -> np.ndarray:
+def random_images(config: ConfigDict, batch: int) -> Any:
     return np.random.default_rng(0).normal(0, 50, (batch, *input_shape(config))).astype(np.float32)
 
 
@@ -131,7 +133,7 @@ def assert_equal_to_pytorch(config: ConfigDict, executor: str, torch: ModuleType
     """Compare logits and all gradients, for the same parameters and images, with PyTorch's in float64."""
     import torch_alexnet  # PyTorch is optional
 
-    classes, images, labels = 10, random_images(config, 3), np.array([3, 1, 9])
+    classes, images, labels = 10, random_images(config, 3), jnp.array([3, 1, 9])
     network, towers = model.AlexNet(config.model, classes), make_executor(executor, config.model.towers, 1)
     variables = model.init(config.model, classes, images.shape[1:], 0)
     params, stats = variables["params"], variables.get("batch_stats", {})
@@ -139,7 +141,7 @@ def assert_equal_to_pytorch(config: ConfigDict, executor: str, torch: ModuleType
     stats = jax.tree.map(lambda leaf: generator.uniform(0.5, 20, leaf.shape).astype(np.float32), stats)
 
     def tower(params: Any, stats: Any) -> Any:
-        def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        def loss(params: Any) -> Any:
             variables = {"params": params, "batch_stats": stats}
             logits = network.apply(variables, images, train=train, mutable=["batch_stats"])[0]
             return per_example_metrics(logits, labels)["loss"].mean() / config.model.towers, logits
@@ -152,10 +154,11 @@ def assert_equal_to_pytorch(config: ConfigDict, executor: str, torch: ModuleType
     def grouped(tree: Any) -> Any:
         return convert.grouped(TrainedNetwork(config, classes, {"params": tree}, None))
 
-    theirs = torch_alexnet.tensors(grouped(params), torch.float64)
-    running = torch_alexnet.tensors(jax.tree.map(lambda leaf: np.concatenate(list(leaf), axis=-1), stats), torch.float64)
+    theirs: Any = torch_alexnet.tensors(grouped(params), torch.float64)
+    side_by_side = jax.tree.map(lambda leaf: np.concatenate(list(leaf), axis=-1), stats)
+    running = torch_alexnet.tensors(side_by_side, torch.float64)
     exact = torch_alexnet.forward(config.model, theirs, torch.tensor(images, dtype=torch.float64), running, train)
-    torch.nn.functional.cross_entropy(exact, torch.tensor(labels)).backward()
+    torch.nn.functional.cross_entropy(exact, torch.tensor(np.asarray(labels))).backward()
     expected = exact.detach().numpy()
     assert np.ptp(expected, axis=0).max() > 0.01 * np.abs(expected).max()  # the logits depend on the image
     assert_close(logits, expected, 2e-5)
@@ -169,7 +172,9 @@ def assert_equal_to_pytorch(config: ConfigDict, executor: str, torch: ModuleType
             np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-4 * largest, err_msg=f"{layer}.{part}")
 
 
-ON_DEVICES = [(name, "vmap") for name in NETWORKS] + [(name, "pmap") for name in ("code2012", "caffenet", "no_crossing")]
+ON_DEVICES = [(name, "vmap") for name in NETWORKS] + [
+    (name, "pmap") for name in ("code2012", "caffenet", "no_crossing")
+]
 
 
 @pytest.mark.parametrize(("name", "executor"), ON_DEVICES)
@@ -198,7 +203,7 @@ def test_keras_tutorials_equal_keras(name: str, fc6: int, fc7: int) -> None:
 
     net = keras_alexnet.build_tutorial(fc6, fc7)
     config = network_config(name)
-    images, labels = random_images(config, 2), np.array([7, 8])
+    images, labels = random_images(config, 2), jnp.array([7, 8])
     params = model.init(config.model, 1000, input_shape(config), 0)["params"]
     for layer in net.layers:
         if layer.name in params:
@@ -206,14 +211,13 @@ def test_keras_tutorials_equal_keras(name: str, fc6: int, fc7: int) -> None:
             np.testing.assert_allclose(ours.std(), theirs.std(), rtol=0.05)
             np.testing.assert_allclose(np.abs(ours).max(), np.abs(theirs).max(), rtol=0.02)
     keras_alexnet.set_weights(net, params)
-    expected_logits, _, expected_gradients = keras_alexnet.logits_loss_and_gradients(net, images, labels)
+    expected_logits, _, expected_gradients = keras_alexnet.logits_loss_and_gradients(net, images, np.asarray(labels))
 
-    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-        logits = model.AlexNet(config.model, 1000).apply({"params": params}, images, train=False)
+    def loss(params: Any) -> Any:
+        logits: Any = model.AlexNet(config.model, 1000).apply({"params": params}, images, train=False)
         return per_example_metrics(logits, labels)["loss"].mean(), logits
 
-    towers = jax.vmap(jax.grad(loss, has_aux=True), axis_name=TOWER)
-    gradients, logits = jax.jit(jax.vmap(towers, axis_name=DATA, axis_size=1, in_axes=None, out_axes=None))(params)
+    gradients, logits = jax.jit(jax.vmap(jax.grad(loss, has_aux=True), axis_name=TOWER))(params)
     assert_close(logits[0], expected_logits, 1e-5)
     for layer, parts in gradients.items():
         for part, expected in zip((KERNEL, BIAS), expected_gradients[layer], strict=True):
@@ -274,18 +278,22 @@ def test_summary_prints_the_totals_of_figure_2() -> None:
             ["--config=configs/networks/paper.py", "--config.model.layers.conv2.features=255"],
             "a multiple of model.towers",
         ),
-        ([], "--config"),
     ],
 )
-def test_summary_of_an_impossible_network_is_a_one_line_error(arguments: list[str], message: str) -> None:
-    done = command("alexnet_jax", "summary", *arguments)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_summary_of_an_impossible_network_is_a_one_line_error(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit) as ended:
+        run_verb("summary", arguments)
+    assert message in str(ended.value.code)
+    assert "\n" not in str(ended.value.code)
 
 
-def test_readme_has_every_network_with_its_parameters() -> None:
+def test_readme_has_every_network_with_its_size() -> None:
     readme = (REPOSITORY / "configs" / "networks" / "README.md").read_text()
     for name in NETWORKS:
         (row,) = [line for line in readme.splitlines() if line.startswith(f"| [{name}]({name}.py)")]
-        assert f"{NUMBERS[name][0]:,}" in row
+        parameters, multiply_adds, _, _ = NUMBERS[name]
+        assert f"{parameters:,}" in row
+        assert f"{multiply_adds:,}" in row or f"{multiply_adds / MILLION:.1f} million" in row

@@ -1,61 +1,59 @@
-"""Every notebook runs, and shows what is kept in it; those of the studies without JAX."""
+"""Committed notebooks and tables of results are up to date with the studies' files."""
 
-from concurrent.futures import ThreadPoolExecutor
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
-from conftest import REPOSITORY
+from support import REPOSITORY
 
-from alexnet_jax import report
-from experiments import execute
+EXPERIMENTS = REPOSITORY / "experiments"
+execute = SimpleNamespace(**runpy.run_path(str(EXPERIMENTS / "execute.py")))
+summary = SimpleNamespace(**runpy.run_path(str(EXPERIMENTS / "summary.py")))
 
-NO_JAX = "import sys\nassert 'jax' not in sys.modules"
+QUICK = ("lrn", "relu")
+NOTEBOOKS = [
+    pytest.param(path, id=path.parent.name, marks=[] if path.parent.name in QUICK else [pytest.mark.slow])
+    for path in execute.NOTEBOOKS
+]
 
 
-def tables(notebook: nbformat.NotebookNode) -> list[str]:
-    """What its cells show as text, less addresses in memory."""
+def texts(notebook: nbformat.NotebookNode) -> list[list[str]]:
+    """Return what each cell printed and the tables that it shows."""
     return [
-        output["data"]["text/plain"]
+        [
+            output["text"] if output.output_type == "stream" else output["data"]["text/plain"]
+            for output in cell.get("outputs", [])
+            if output.output_type == "execute_result" or output.get("name") == "stdout"
+        ]
         for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if output.output_type == "execute_result"
     ]
 
 
-@pytest.mark.slow
-def test_notebooks_run_and_show_what_is_kept_in_them(tmp_path: Path) -> None:
-    assert len(execute.NOTEBOOKS) == 9
-    with ThreadPoolExecutor(2) as pool:
-        for path, notebook in zip(execute.NOTEBOOKS, pool.map(execute.executed, execute.NOTEBOOKS), strict=True):
-            kept = nbformat.read(path, as_version=4)
-            assert tables(notebook) == tables(kept), path
-            assert all(cell.execution_count is None for cell in kept.cells if cell.cell_type == "code"), path
+@pytest.mark.parametrize("path", NOTEBOOKS)
+def test_committed_outputs_are_current(path: Path) -> None:
+    """A study's notebook must also not need JAX."""
+    committed = nbformat.read(path, as_version=4)
+    expected = texts(committed)
+    assert any(expected), "no outputs: run experiments/execute.py"
+    if path.name == "notebook.ipynb":
+        committed.cells.append(nbformat.v4.new_code_cell("import sys\nassert 'jax' not in sys.modules"))
+    assert texts(execute.execute(committed, path.parent))[: len(expected)] == expected
 
 
-@pytest.mark.slow
-def test_a_studys_notebook_needs_no_jax(tmp_path: Path) -> None:
-    path = REPOSITORY / "experiments" / "lrn" / "notebook.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell(NO_JAX))
-    folder = tmp_path / "experiments" / "lrn"
-    folder.mkdir(parents=True)
-    (tmp_path / "alexnet_jax").symlink_to(REPOSITORY / "alexnet_jax")
-    for name in ("study.json", "results.csv", "curves.csv"):
-        (folder / name).symlink_to(path.parent / name)
-    nbformat.write(notebook, folder / "notebook.ipynb")
-    execute.executed(folder / "notebook.ipynb")
+def test_committed_tables_of_results_are_current() -> None:
+    for path, table in summary.tables().items():
+        text = path.read_text()
+        assert summary.insert(text, table) == text, f"{path}: run experiments/summary.py"
 
 
-def test_the_readme_says_what_was_found() -> None:
-    readme = (REPOSITORY / "README.md").read_text().splitlines()
-    for folder in {path.parent for path in execute.NOTEBOOKS} - {REPOSITORY / "experiments"}:
-        (row,) = (line for line in readme if line.startswith(f"| [{folder.name}]"))
-        studies = [] if "in its notebook" in row else [path.parent for path in folder.rglob("study.json")]
-        for study in studies:
-            for found in report.verdicts(study).query("metric != 'eval/top5_error'").itertuples(index=False):
-                assert f"{found[3]} ({found[4]}): {found.verdict}" in row
-    lrn = report.table(report.load_runs(REPOSITORY / "experiments" / "lrn"))
-    for arm, *numbers in lrn.itertuples(index=False):
-        assert "".join(f"| {number} " if number else "| " for number in (f"`{arm}`", *numbers)) + "|" in readme
+def test_speed_claim_tuned_on_another_metric_is_withdrawn(tmp_path: Path) -> None:
+    study = '{"arms": {}, "claims": [], "tuning": {"key": "optim.learning_rate", %s "arms": {"relu": {"chosen": %s, "scores": {"1": 1.0, "2": 0.5, "3": 0.9}}}}}'
+    for metric, chosen, expected in (
+        ("", 2, "withdrawn: arms tuned on another metric"),
+        ('"metric": "epochs_to_25",', 1, "withdrawn: tuned value at the edge of its grid"),
+        ('"metric": "epochs_to_25",', 2, ""),
+    ):
+        (tmp_path / "study.json").write_text(study % (metric, chosen))
+        assert summary.objection(tmp_path, "epochs_to_25") == expected

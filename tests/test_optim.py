@@ -180,7 +180,6 @@ def test_state_of_two_towers_survives_a_checkpoint(changes: dict[str, Any], tmp_
         manager.save(1, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
         manager.wait_until_finished()
         restored = manager.restore(1, args=ocp.args.Composite(state=ocp.args.StandardRestore(fresh)))["state"]
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 

@@ -258,7 +258,7 @@ def export(network: TrainedNetwork) -> bytes:
     return bytes(exported.serialize())
 
 
-def forward(network: TrainedNetwork) -> Callable[[jax.Array], Any]:
+def forward(network: TrainedNetwork) -> Callable[[Any], jax.Array]:
     """Return the function from centre crops, uint8 (batch, crop, crop, channels), to logits (batch, classes).
 
     Raises:

@@ -1,26 +1,36 @@
-"""A study runs what is missing, and starts nothing where something cannot run."""
+"""A study runs what is missing, tunes its arms on images of their own, and starts nothing where an arm cannot run."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pandas as pd
 import pytest
-from conftest import TINY, run_config
 from ml_collections import ConfigDict
+from support import TINY, run_config
 
-from alexnet_jax import dry_run, records, report, study, summary
 from alexnet_jax.config import as_json
-from configs import ablation_lrn
+from alexnet_jax.configs import ablation_lrn
+from alexnet_jax.run_dir import RunDir, StudyDir, read_json, write_json, write_text
+from alexnet_jax.studies import analysis, runner
+from alexnet_jax.tools import summary
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-
-def tiny_study(**changes: object) -> ConfigDict:
+def tiny_study(**changes: Any) -> ConfigDict:
     config = ablation_lrn.get_config()
     config.update_from_flattened_dict(TINY | {"train.epochs": 0.004, "seeds": (0,), **changes})
+    return config
+
+
+def tuned_study(*choices: float, **changes: Any) -> ConfigDict:
+    """Return a study of two arms without claims that tunes the learning rate."""
+    tuning = {"tuning.key": "optim.learning_rate", "tuning.choices": choices, "tuning.epochs": 0.002}
+    config = tiny_study(**tuning | changes)
+    config.arms = ConfigDict({"relu": {}, "tanh": {"model": {"activation": "tanh"}}}, sort_keys=False)
+    config.claims = ()
     return config
 
 
@@ -30,96 +40,192 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
-    """Has a run take no time, and be as good as its rate is near 0.02; where that is more than 1, it fails."""
+    """Replace training by a function that takes no time; its calls are (arm, folder).
+
+    The nearer a learning rate is to 0.02, the lower the error, and the earlier it reaches 25 % training error: at one
+    epoch for each 0.01 of distance, except that rates under 0.005 never do. Tanh is best at half the rate. Seed 1001
+    has an error of 0.1 more. A learning rate of more than 1 fails.
+    """
     calls: list[tuple[str, Path]] = []
 
-    def train(config: ConfigDict, workdir: Path, labels: dict) -> None:
-        if records.result(workdir):
+    def train_and_evaluate(config: ConfigDict, workdir: Path, labels: dict[str, Any]) -> None:
+        folder = RunDir(workdir)
+        if folder.result:
             return
         calls.append((labels["arm"], workdir))
         rate = config.optim.learning_rate
         if rate > 1:
             raise FloatingPointError("train/loss is nan")
-        records.write_json(workdir / "config.json", as_json(config))
-        error = abs(rate - 0.02)
-        kept = {"validation/top1_error": error, "validation/loss": 1.0} if config.eval.validation else {}
-        result = {"eval/top1_error": error, "eval/top5_error": 0.0, "steps": 1, "epochs": config.train.epochs}
-        records.write_json(workdir / "result.json", result | kept)
+        write_json(folder.config_file, as_json(config))
+        distance = abs(rate - (0.01 if config.model.activation == "tanh" else 0.02))
+        reached = f'{{"step": 1, "epoch": {100 * distance}, "train/top1_error": 0.25}}\n'
+        write_text(folder.metrics_file, '{"step": 0, "train/top1_error": 0.9}\n' + (reached if rate >= 0.005 else ""))
+        error = distance + 0.1 * (config.seed == 1001)
+        validation = {"validation/top1_error": error, "validation/loss": 1.0} if config.data.validation_split else {}
+        result = {"eval/top1_error": 1 - error, "eval/top5_error": 0.0, "steps": 1, "epochs": config.train.epochs}
+        write_json(folder.result_file, result | validation)
 
-    monkeypatch.setattr(study.train, "train_and_evaluate", train)
+    monkeypatch.setattr(runner.train, "train_and_evaluate", train_and_evaluate)
     return calls
 
 
-def test_another_seed_is_added_to_the_runs_there_are(trained: list, tmp_path: Path) -> None:
-    study.run_study(tiny_study(), tmp_path, only=["lrn"])
+def test_seeds_are_added_to_finished_runs(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
+    runner.run_study(tiny_study(), tmp_path, only=["lrn"])
     results = {path: content for path, content in files(tmp_path).items() if path.name == "result.json"}
     assert [path.parent for path in results] == [tmp_path / "lrn" / "seed_0"]
-    assert study.run_study(tiny_study(seeds=(0, 1)), tmp_path, only=["lrn", "no_lrn"]) == []
+    assert runner.run_study(tiny_study(seeds=(0, 1)), tmp_path, only=["lrn", "no_lrn"]) == []
+    assert len(trained) == 4
     assert files(tmp_path).items() >= results.items()
     table = pd.read_csv(tmp_path / "results.csv")
     rows = {(arm, seed): status for arm, seed, status in table[["arm", "seed", "status"]].itertuples(index=False)}
     arms = {"lrn": "finished", "no_lrn": "finished", "lrn_after_pooling": "not started"}
     assert rows == {(arm, seed): status for arm, status in arms.items() for seed in (0, 1)}
 
+
+def test_another_config_is_refused_before_anything_is_written(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
+    runner.run_study(tiny_study(), tmp_path, only=["lrn"])
     before = files(tmp_path)
     with pytest.raises(ValueError, match=r"seed_0 holds a run of another config \(optim.momentum was 0.9, is 0.8\)"):
-        study.run_study(tiny_study(**{"seeds": (0, 1, 2), "optim.momentum": 0.8}), tmp_path)
+        runner.run_study(tiny_study(**{"seeds": (0, 1, 2), "optim.momentum": 0.8}), tmp_path)
     assert files(tmp_path) == before
 
 
-def test_a_failed_run_is_reported_and_the_others_are_run(
-    trained: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_failed_run_is_recorded_and_the_others_run(
+    trained: list[tuple[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_study(seeds=(0, 1))
     config.arms = ConfigDict({"wild": {"optim": {"learning_rate": 1e9}}, "tame": {}}, sort_keys=False)
     config.claims = ()
-    records.write_json(tmp_path / "tame" / "seed_0" / "failure.json", {"error": "no power", "traceback": ""})
-    failed = study.run_study(config, tmp_path)
+    write_json(tmp_path / "tame" / "seed_0" / "failure.json", {"error": "no power", "traceback": ""})
+    failed = runner.run_study(config, tmp_path)
     assert [run.name for run in failed] == ["wild, seed 0", "wild, seed 1"]
     assert not (tmp_path / "tame" / "seed_0" / "failure.json").exists()
     assert [arm for arm, _ in trained] == ["wild", "tame", "wild", "tame"]
     assert "wild, seed 0 failed: train/loss is nan" in capsys.readouterr().out
-    assert "FloatingPointError" in records.read_json(tmp_path / "wild" / "seed_0" / "failure.json")["traceback"]
-    runs = report.load_runs(tmp_path).set_index(["arm", "seed"])["status"]
+    failure = read_json(tmp_path / "wild" / "seed_0" / "failure.json")
+    assert failure is not None
+    assert failure["error"] == "train/loss is nan"
+    assert "FloatingPointError" in failure["traceback"]
+    runs = analysis.load_runs(tmp_path).set_index(["arm", "seed"])["status"]
     assert runs.to_dict() == {
-        (a, s): {"wild": "failed", "tame": "finished"}[a] for a in ("wild", "tame") for s in (0, 1)
+        (arm, seed): status for arm, status in (("wild", "failed"), ("tame", "finished")) for seed in (0, 1)
     }
-    del trained[:]
-    assert len(study.run_study(config, tmp_path)) == 2
-    assert [arm for arm, _ in trained] == ["wild", "wild"]  # tried again; what is finished is not
+
+    trained.clear()
+    assert len(runner.run_study(config, tmp_path)) == 2
+    assert [arm for arm, _ in trained] == ["wild", "wild"]  # failed runs are tried again, finished ones are not
 
 
-def test_each_arm_chooses_its_rate_on_validation_images(trained: list, tmp_path: Path) -> None:
-    config = tiny_study(seeds=(0, 1))
-    config.tuning.update(key="optim.learning_rate", choices=(0.001, 0.01, 5.0), epochs=0.002, seed=77)
-    config.arms = ConfigDict({"relu": {}, "tanh": {"model": {"activation": "tanh"}}}, sort_keys=False)
-    config.claims = ()
-    failed = study.run_study(config, tmp_path)
-    assert [run.name for run in failed] == ["relu, trying 5.0", "tanh, trying 5.0"]
-    names = [workdir.name for _, workdir in trained]
-    assert (
-        names
-        == [f"learning_rate_{rate}" for rate in (0.001, 0.01, 5.0) for _ in "ab"] + ["seed_0"] * 2 + ["seed_1"] * 2
-    )
-    tried = records.read_json(tmp_path / "tanh" / "learning_rate_0.001" / "config.json")
-    assert (tried["seed"], tried["train"]["epochs"], tried["eval"]["validation"]) == (77, 0.002, True)
-    final = records.read_json(tmp_path / "tanh" / "seed_1" / "config.json")
-    assert (final["optim"]["learning_rate"], final["eval"]["validation"]) == (0.01, False)
-    described = report.load_study(tmp_path)
+def test_each_arm_chooses_its_learning_rate_on_validation_images(
+    trained: list[tuple[str, Path]], tmp_path: Path
+) -> None:
+    """Trials hold images out and have seeds of their own; the runs that follow train on all images."""
+    config = tuned_study(0.001, 0.01, 0.018, 5.0, seeds=(0, 1), **{"tuning.seeds": (1000, 1001)})
+    failed = runner.run_study(config, tmp_path)
+    assert [run.name for run in failed] == [
+        f"{arm}, seed {seed}, tuning with 5.0" for seed in (1000, 1001) for arm in ("relu", "tanh")
+    ]
+    trials = [
+        (arm, StudyDir(tmp_path).trial(arm, "optim.learning_rate", rate, seed).path)
+        for seed in (1000, 1001)
+        for rate in (0.001, 0.01, 0.018, 5.0)
+        for arm in ("relu", "tanh")
+    ]
+    assert trials[0] == ("relu", tmp_path / "relu" / "learning_rate_0.001" / "seed_1000")
+    assert trained == trials + [(arm, tmp_path / arm / f"seed_{seed}") for seed in (0, 1) for arm in ("relu", "tanh")]
+
+    trial = RunDir(tmp_path / "tanh" / "learning_rate_0.001" / "seed_1001").read_config()
+    final = RunDir(tmp_path / "tanh" / "seed_1").read_config()
+    assert trial is not None
+    assert final is not None
+    assert (trial.seed, trial.train.epochs, trial.data.validation_split) == (1001, 0.002, "1/20")
+    assert (final.seed, final.train.epochs, final.data.validation_split) == (1, 0.004, "")
+    assert final.optim.learning_rate == 0.01
+
+    described = StudyDir(tmp_path).read()
+    assert described["arms"]["relu"] == {"optim.learning_rate": 0.018}
     assert described["arms"]["tanh"] == {"model.activation": "tanh", "optim.learning_rate": 0.01}
-    errors = described["tuning"]["arms"]["tanh"]["errors"]
-    assert errors == {"0.001": pytest.approx(0.019), "0.01": pytest.approx(0.01), "5.0": None}
-    assert "was chosen by the error on validation images (0.001: 1.90 %" in (tmp_path / "report.html").read_text()
+    assert described["tuning"]["metric"] == "validation/top1_error"
+    assert described["tuning"]["arms"]["tanh"] == {
+        "chosen": 0.01,
+        "scores": {  # means of the two seeds, the second with 0.1 more
+            "0.001": pytest.approx(0.059),
+            "0.01": pytest.approx(0.05),
+            "0.018": pytest.approx(0.058),
+            "5.0": None,
+        },
+        "at_edge": False,
+    }
+    report = (tmp_path / "report.html").read_text()
+    assert "optim.learning_rate = 0.01. Tuned by validation/top1_error (0.001: 5.90 %" in report
 
 
-def test_a_study_that_cannot_tune_says_so(tmp_path: Path) -> None:
-    for changes, message in (
+def test_arm_can_be_tuned_on_epochs_to_25(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
+    """As in the paper's figure 1. A rate that never reaches 25 % training error in some trial has no score."""
+    metric = {"tuning.metric": "epochs_to_25", "tuning.seeds": (1000, 1001)}
+    config = tuned_study(0.001, 0.01, 0.03, **metric)
+    assert runner.run_study(config, tmp_path) == []
+    assert runner.choices(config, tmp_path) == {
+        "relu": {
+            "chosen": 0.01,
+            "scores": {"0.001": None, "0.01": pytest.approx(1.0), "0.03": pytest.approx(1.0)},
+            "at_edge": False,
+        },
+        "tanh": {
+            "chosen": 0.01,
+            "scores": {"0.001": None, "0.01": pytest.approx(0.0), "0.03": pytest.approx(2.0)},
+            "at_edge": False,
+        },
+    }
+    StudyDir(tmp_path).trial("tanh", "optim.learning_rate", 0.01, 1001).metrics_file.write_text("")
+    scores = runner.choices(config, tmp_path)["tanh"]["scores"]
+    assert scores == {"0.001": None, "0.01": None, "0.03": pytest.approx(2.0)}
+
+
+def test_choice_at_the_edge_of_the_grid_is_reported(
+    trained: list[tuple[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The edge is the smallest or largest value, in whatever order they are given."""
+    config = tuned_study(0.018, 0.001, 0.011)
+    runner.run_study(config, tmp_path)
+    assert {arm: choice["at_edge"] for arm, choice in runner.choices(config, tmp_path).items()} == {
+        "relu": True,
+        "tanh": False,
+    }
+    printed = capsys.readouterr().out
+    assert f"relu: optim.learning_rate = 0.018, {analysis.AT_EDGE}" in printed
+    assert "tanh: optim" not in printed
+
+
+def test_arm_whose_trials_all_failed_is_not_run(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
+    failed = runner.run_study(tuned_study(2.0, 5.0), tmp_path, only=["tanh"])
+    assert [run.value for run in failed] == [2.0, 5.0]
+    assert {folder.name for _, folder in trained} == {"seed_1000"}
+    assert StudyDir(tmp_path).read()["tuning"]["arms"] == {}
+
+
+def test_arm_chooses_only_after_its_last_trial(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
+    config = tuned_study(0.001, 0.01)
+    first, second = runner.trials(config, tmp_path, ["relu"])
+    write_json(first.folder.result_file, {"validation/top1_error": 0.5})
+    assert runner.choices(config, tmp_path) == {}
+    write_json(second.folder.failure_file, {"error": "", "traceback": ""})
+    assert runner.choices(config, tmp_path)["relu"]["chosen"] == 0.001
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"tuning.key": "optim.learning_rat", "tuning.choices": (1.0,)}, "did you mean optim.learning_rate"),
-        ({"tuning.key": "optim.learning_rate"}, r"tuning.choices=\(\)"),
-        ({"tuning.key": "optim.learning_rate", "tuning.choices": (1.0,), "tuning.seed": 0}, "none of the study's"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            study.run_study(tiny_study(**changes), tmp_path / "study")
+        ({"tuning.choices": ()}, r"tuning.choices=\(\), tuning.seeds=\(1000,\): must be values of optim.learning_rate"),
+        ({"tuning.seeds": ()}, r"tuning.seeds=\(\): must be"),
+        ({"tuning.seeds": (0, 1000)}, r"seeds other than the study's \(0,\)"),
+        ({"tuning.metric": "eval/top1_error"}, "tuning.metric='eval/top1_error': must be one of validation/top1_error"),
+    ],
+)
+def test_study_that_cannot_tune_raises(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        runner.run_study(tuned_study(1.0, **changes), tmp_path / "study")
     assert not (tmp_path / "study").exists()
 
 
@@ -132,76 +238,102 @@ with filelock.FileLock(sys.argv[1], timeout=0):
 """
 
 
-def test_a_run_that_another_process_has_is_left_to_it_until_that_ends(
-    trained: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_run_of_another_process_is_left_alone_until_that_ends(
+    trained: list[tuple[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """However it ends: here it is killed."""
     config = tiny_study()
     lock = tmp_path / "no_lrn" / ".seed_0.lock"
     lock.parent.mkdir()
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        assert study.run_study(config, tmp_path, only=["lrn", "no_lrn"]) == []
+        assert runner.run_study(config, tmp_path, only=["lrn", "no_lrn"]) == []
         assert [arm for arm, _ in trained] == ["lrn"]
-        assert "being run elsewhere: no_lrn, seed 0" in capsys.readouterr().out
+        assert "being run by another process: no_lrn, seed 0" in capsys.readouterr().out
         holder.kill()
         holder.wait()
-    study.run_study(config, tmp_path, only=["lrn", "no_lrn"])
+    runner.run_study(config, tmp_path, only=["lrn", "no_lrn"])
     assert [arm for arm, _ in trained] == ["lrn", "no_lrn"]
 
 
-def test_what_an_arm_tries_elsewhere_is_waited_for(
-    trained: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_trials_of_another_process_are_waited_for(
+    trained: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_study(**{"tuning.key": "optim.learning_rate", "tuning.choices": (0.001, 0.01)})
-    lock = tmp_path / "lrn" / ".learning_rate_0.001.lock"
-    lock.parent.mkdir()
+    lock = tmp_path / "relu" / "learning_rate_0.001" / ".seed_1000.lock"
+    lock.parent.mkdir(parents=True)
     held = filelock.FileLock(lock, is_singleton=False)
     held.acquire()
-    monkeypatch.setattr(study.time, "sleep", lambda seconds: held.release())
-    study.run_study(config, tmp_path, only=["lrn"])
-    assert [path.name for _, path in trained] == ["learning_rate_0.01", "learning_rate_0.001", "seed_0"]
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        held.release()
+
+    monkeypatch.setattr(runner.time, "sleep", sleep)
+    runner.run_study(tuned_study(0.001, 0.01), tmp_path, only=["relu"])
+    assert waits == [runner.POLL_SECONDS]
+    assert [str(path.relative_to(tmp_path / "relu")) for _, path in trained] == [
+        "learning_rate_0.01/seed_1000",
+        "learning_rate_0.001/seed_1000",
+        "seed_0",
+    ]
 
 
-def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny_study(**{"tuning.key": "optim.learning_rate", "tuning.choices": (0.5,), "tuning.epochs": 0.002})
-    records.write_json(tmp_path / "no_lrn" / "seed_0" / "result.json", {})
+def test_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuning = {"tuning.key": "optim.learning_rate", "tuning.choices": (0.5,), "tuning.epochs": 0.002}
+    write_json(tmp_path / "no_lrn" / "seed_0" / "result.json", {})
     before, paths = files(tmp_path), set(tmp_path.rglob("*"))
-    dry_run.print_plan(config, tmp_path, ["lrn", "no_lrn"])
+    runner.print_plan(tiny_study(**tuning), tmp_path, ["lrn", "no_lrn"])
     printed = capsys.readouterr().out
-    parameters = f"{summary.sizes(run_config(**TINY), 10, 1)['parameters']:,}"
-    for name, status, steps, time in (
-        ("lrn, trying 0.5", "not started", 2, "0:0"),
-        ("no_lrn, trying 0.5", "not started", 2, "0:0"),
-        ("lrn, seed 0", "not started", 4, "0:0"),
-        ("no_lrn, seed 0", "finished", 4, " +│"),
+    size = summary.sizes(run_config(**TINY), 10, 1)
+    numbers = rf"{size['parameters']:,} │ +{size['multiply_adds']:,}"
+    for name, status, steps in (
+        ("lrn, seed 1000, tuning with 0.5", "not started", 2),
+        ("no_lrn, seed 1000, tuning with 0.5", "not started", 2),
+        ("lrn, seed 0", "not started", 4),
+        ("no_lrn, seed 0", "finished", 4),
     ):
-        assert re.search(rf"│ {name} +│ {status} +│ +{parameters} │ +[\d,]+ │ +{steps} │ +{time}", printed)
+        assert re.search(rf"│ {name} +│ {status} +│ +{numbers} │ +{steps} │", printed)
     assert "4 runs" in printed
     assert files(tmp_path) == before
     assert set(tmp_path.rglob("*")) == paths
 
 
 def test_seeds_are_a_range_or_a_list() -> None:
-    assert study.parse_seeds("0:5") == (0, 1, 2, 3, 4)
-    assert study.parse_seeds("3,1") == (3, 1)
-    with pytest.raises(ValueError, match=r"--seeds=0-5: must be a range as 0:5"):
-        study.parse_seeds("0-5")
+    assert runner.parse_seeds("0:5") == (0, 1, 2, 3, 4)
+    assert runner.parse_seeds("3,1") == (3, 1)
+    assert runner.parse_seeds("7") == (7,)
+    for text in ("0-5", "", "1,", "a"):
+        with pytest.raises(ValueError, match=rf"^--seeds={text}: must be a range as 0:5"):
+            runner.parse_seeds(text)
+
+
+@pytest.mark.parametrize("seeds", [(), (1, 1)])
+def test_plan_needs_different_seeds(seeds: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^arms=\['lrn', 'no_lrn', 'lrn_after_pooling'\], seeds=.* without repeats"):
+        runner.plan(tiny_study(seeds=seeds), Path("study"))
+
+
+def test_unknown_arm_raises_with_the_arms() -> None:
     with pytest.raises(ValueError, match=r"--only=lrm: must be among the arms lrn, no_lrn, lrn_after_pooling"):
-        study.plan(tiny_study(), Path("study"), ["lrm"])
+        runner.plan(tiny_study(), Path("study"), ["lrm"])
 
 
-def test_nothing_starts_where_one_arm_cannot_run(tmp_path: Path) -> None:
+def test_nothing_starts_where_one_arm_cannot_run(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
     config = tiny_study()
-    config.arms = ConfigDict({"lrn": {}, "wide": {"model": {"pool": {"window": 30}}}})
+    config.arms = ConfigDict({"lrn": {}, "wide": {"model": {"pool": {"window": 30}}}}, sort_keys=False)
     with pytest.raises(ValueError, match="pooling window of 30x30 does not fit"):
-        study.run_study(config, tmp_path / "study")
+        runner.run_study(config, tmp_path / "study", only=["lrn"])
+    assert not trained
     assert not (tmp_path / "study").exists()
 
 
-def test_arms_of_a_seed_are_run_together() -> None:
-    runs = study.plan(tiny_study(seeds=(3, 4)), Path("study"))
+def test_arms_of_a_seed_run_together() -> None:
+    runs = runner.plan(tiny_study(seeds=(3, 4)), Path("study"))
     arms = ("lrn", "no_lrn", "lrn_after_pooling")
     assert [(run.arm, run.seed) for run in runs] == [(arm, seed) for seed in (3, 4) for arm in arms]
-    assert runs[1].workdir == Path("study/no_lrn/seed_3")
+    assert runs[1].folder.path == Path("study/no_lrn/seed_3")
     assert runs[1].config.seed == 3
+    assert runs[1].labels["model.lrn.enabled"] is False
+    assert runs[0].labels["model.lrn.enabled"] is True  # a label wherever some arm differs

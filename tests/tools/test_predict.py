@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from support import TINY, random_statistics, run_config
 
 from alexnet_jax import evaluate, model, train
 from alexnet_jax.checkpoint import TrainedNetwork, load_run, save_run
@@ -16,6 +15,7 @@ from alexnet_jax.data import datasets
 from alexnet_jax.parallel import Executor
 from alexnet_jax.run_dir import RunDir
 from alexnet_jax.tools import predict
+from support import TINY, random_statistics, run_config
 
 # Initial weights with which predictions differ between images.
 SPREAD: dict[str, Any] = TINY | {
@@ -28,7 +28,7 @@ SPREAD: dict[str, Any] = TINY | {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    config = run_config(**SPREAD, **{"eval.batch_size": 300})  # does not divide the 1,000 held-out images
+    config = run_config(**SPREAD | {"eval.batch_size": 300})  # does not divide the 1,000 held-out images
     variables = model.init(config.model, 10, (23, 23, 1), 3)
     network = TrainedNetwork(config, 10, variables, random_statistics(config, 1))
     save_run(RunDir(folder), network, train.new_state(config, variables), {})
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three held-out images as files in folders named after their classes, the last one in another folder."""
+    """Write three held-out images as files in folders named after their classes, the last one in another folder."""
     source = datasets.load(run_config().data).evaluation
     files = []
     for position, folder in ((10, None), (555, None), (903, "images")):
@@ -83,7 +83,7 @@ def test_predictions_equal_those_of_evaluation(run: Path, digits: list[Path], vi
 )
 def test_features_are_the_inputs_of_the_last_layer(executor: Executor, sees: str) -> None:
     towers = executor.towers
-    config = run_config(**SPREAD, **{"model.towers": towers, "model.layers.fc8.sees": sees})
+    config = run_config(**SPREAD | {"model.towers": towers, "model.layers.fc8.sees": sees})
     variables, statistics = model.init(config.model, 10, (23, 23, 1), 3), random_statistics(config, 1)
     source = datasets.load(config.data).evaluation
     images = np.stack([source[position]["image"] for position in (10, 555, 903)])

@@ -4,11 +4,11 @@ import argparse
 import re
 
 import pytest
-from support import TINY, command, network_config, run_config
 
 from alexnet_jax import model
 from alexnet_jax.config import load_study
 from alexnet_jax.tools import summary
+from support import TINY, command, network_config, run_config
 
 
 def printed(capsys: pytest.CaptureFixture[str], spec: str, *overrides: str, **arguments: int) -> str:

@@ -1,0 +1,107 @@
+"""Write the tables and the forest plot of all studies' claims: python experiments/summary.py
+
+Reads the study.json and results.csv of every folder beside the script. Rewrites the tables between the markers
+`<!-- results -->` and `<!-- /results -->` in experiments/README.md (all claims) and README.md (a selection), and
+effects.svg.
+"""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+
+from alexnet_jax.studies import analysis, plots
+
+HERE = Path(__file__).resolve().parent
+MARKERS = ("<!-- results -->\n", "<!-- /results -->")
+METRICS = {  # in the README's table
+    "eval/top1_error": "top-1 error, points",
+    "generalisation_gap": "generalisation gap, points",
+    "epochs_to_25": "epochs to 25 % training error",
+}
+ALL_IN_ONE = "contributions"  # the study that repeats the claims of the others
+
+
+def list_studies() -> list[Path]:
+    """Return the folders of the studies, in the order of the paper's sections; the one that repeats them is last."""
+
+    def key(folder: Path) -> tuple[bool, str, str]:
+        sources = [claim["source"] for claim in analysis.load_study(folder)["claims"]]
+        return folder.name == ALL_IN_ONE, min(sources, default=""), str(folder)
+
+    return sorted((file.parent for file in HERE.glob("**/study.json")), key=key)
+
+
+def objection(study: Path, metric: str) -> str:
+    """Return why a verdict does not count, which is how the arms were tuned; "" if it counts."""
+    tuning = analysis.load_study(study).get("tuning") or {"arms": {}}
+    if not tuning["arms"]:
+        return ""
+    if (metric in analysis.CENSORED) != (tuning.get("metric") in analysis.CENSORED):  # speed is tuned on speed
+        return "withdrawn: arms tuned on another metric"
+    at_edge = any(analysis.AT_EDGE in note for note in analysis.tuning_notes(study).values())
+    return "withdrawn: tuned value at the edge of its grid" if at_edge else ""
+
+
+def list_claims(study: Path) -> pd.DataFrame:
+    """Return the claims of a study as text, with the study's name and data and the objections to its verdicts."""
+    claims = analysis.verdicts(study).rename(columns={"pairs": "n"})
+    claims["verdict"] = [
+        objection(study, metric) or verdict
+        for metric, verdict in zip(claims["metric"], claims["verdict"], strict=True)
+    ]
+    claims.insert(0, "study", study.relative_to(HERE).as_posix())
+    claims["data"] = analysis.load_study(study)["reported"]
+    return claims
+
+
+def to_markdown(table: pd.DataFrame, folder: str) -> str:
+    """Return a table in Markdown; names of studies link to their notebooks, below `folder`."""
+    linked = table.assign(study=[f"[{name}]({folder}{name.split('/')[0]}/notebook.ipynb)" for name in table["study"]])
+    rows = [linked.columns, ["---"] * len(linked.columns), *linked.itertuples(index=False)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def tables() -> dict[Path, str]:
+    """Return the table of each README: all claims, and those of `METRICS` in the studies of one contribution."""
+    claims = pd.concat(map(list_claims, list_studies()), ignore_index=True)
+    short = claims[(claims["study"] != ALL_IN_ONE) & claims["metric"].isin(METRICS)]
+    short = short.assign(metric=short["metric"].map(METRICS)).drop(columns="margin")
+    return {HERE / "README.md": to_markdown(claims, ""), HERE.parent / "README.md": to_markdown(short, "experiments/")}
+
+
+def insert(text: str, table: str) -> str:
+    """Return a text with the table between the markers.
+
+    Raises:
+      ValueError: The markers are missing.
+    """
+    before, first, rest = text.partition(MARKERS[0])
+    _, last, after = rest.partition(MARKERS[1])
+    if not (first and last):
+        raise ValueError(f"the text must have a line {MARKERS[0].strip()} and, below it, a line {MARKERS[1]}")
+    return before + first + table + last + after
+
+
+def write_plot(path: Path) -> None:
+    """Write the forest plot of all claims that count, except those that another study repeats."""
+    effects = []
+    for study in list_studies():
+        if study.name != ALL_IN_ONE:
+            frame = analysis.claim_effects(study)
+            frame["arm"] = study.relative_to(HERE).as_posix() + ", " + frame["arm"]
+            effects.append(frame[[not objection(study, metric) for metric in frame["metric"]]])
+    mpl.rcParams["svg.hashsalt"] = path.name  # the same file each time
+    plots.plot_effects(pd.concat(effects, ignore_index=True)).savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Write tables and plot."""
+    texts = {path: insert(path.read_text(), table) for path, table in tables().items()}
+    for path, text in texts.items():
+        path.write_text(text)
+    write_plot(HERE / "effects.svg")
+
+
+if __name__ == "__main__":
+    main()

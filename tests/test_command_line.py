@@ -1,0 +1,155 @@
+"""The command `alexnet-jax VERB`: help, exit statuses, and studies from any folder."""
+
+import re
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from alexnet_jax import __main__, __version__
+from alexnet_jax.configs import base
+from alexnet_jax.run_dir import StudyDir, write_json
+
+FLAGS = {
+    "run": ("--config", "--workdir", "--dry_run", "--only", "--seeds"),
+    "prepare": ("FOLDER", "--data_dir", "--manual_dir", "--size", "--skip_bad"),
+    "evaluate": ("--run", "--views", "--data_dir", "--output"),
+    "predict": ("IMAGE", "--run", "--views", "--neighbours", "--data_dir", "--output"),
+    "summary": ("--config", "--classes", "--channels"),
+    "convert": ("SOURCE", "TARGET", "--config"),
+    "report": ("study",),
+}
+LRN = "--config=configs/ablation_lrn.py"
+
+
+def commands(folder: Path, *calls: tuple[str, ...]) -> list[subprocess.CompletedProcess[str]]:
+    """Run `python` with each tuple of arguments in a folder, two at a time: most of the time is the start."""
+
+    def run(arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, calls))
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """Run the command in this process, and return the exit status it ends with."""
+    monkeypatch.setattr(sys, "argv", ["alexnet-jax", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    return ended.value.code
+
+
+def test_help_lists_all_verbs(tmp_path: Path) -> None:
+    help_, version, nothing, unknown = commands(
+        tmp_path,
+        ("-m", "alexnet_jax", "--help"),
+        ("-m", "alexnet_jax", "--version"),
+        ("-m", "alexnet_jax"),
+        ("-m", "alexnet_jax", "rnu"),
+    )
+    assert (help_.returncode, version.returncode) == (0, 0)
+    listed = re.findall(r"^  (\w+) +\w", help_.stdout.partition("verbs:")[2].partition("\n\n")[0], re.MULTILINE)
+    assert listed == list(FLAGS)
+    assert version.stdout == f"alexnet_jax {__version__}\n"
+    for done in (nothing, unknown):
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("usage: alexnet-jax ")
+        assert "Traceback" not in done.stderr
+    assert "'rnu'" in unknown.stderr
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_help_of_a_verb_explains_its_flags(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, verb, "--help") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: alexnet-jax {verb} ")
+    mentioned = set(re.findall(r"--\w+", printed.partition("usage:")[2].partition("\n\n")[0]))
+    assert mentioned == {flag for flag in FLAGS[verb] if flag.startswith("--")}
+    options = printed[printed.index("\noptions:") :] + printed.partition("positional arguments:")[2]
+    for name in FLAGS[verb]:
+        assert re.search(rf"^  (\S+\|)?{name}\b", options, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_unknown_flag_is_a_usage_error(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 2; an abbreviation or a slip is not taken for another flag."""
+    required = {"prepare": ["x"], "evaluate": ["--run=x"], "predict": ["--run=x", "x"], "convert": ["x", "y"]}
+    arguments = required.get(verb, ["x"] if verb == "report" else [LRN])
+    assert run_main(monkeypatch, verb, *arguments, "--confg=1") == 2
+    assert "unknown argument '--confg=1'" in capsys.readouterr().err
+    if verb not in ("run", "summary", "convert"):
+        assert run_main(monkeypatch, verb, *arguments, "--config.seed=1") == 2
+        assert "--config.seed=1: needs --config" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line_and_exit_status_1(tmp_path: Path) -> None:
+    calls = {
+        ("run", LRN, "--seeds=0-5"): "--seeds=0-5: must be ",
+        ("prepare", "photos", "--size=0"): "--size=0: must be ",
+        ("evaluate", "--run=nowhere"): "nowhere",
+        ("predict", "--run=nowhere", "image.jpg"): "nowhere",
+        ("summary", "--config=nowhere.py"): "--config=nowhere.py: no such file",
+        ("convert", "nowhere.npy", "target.npy"): "nowhere.npy",
+        ("report", "nowhere"): "nowhere is not a study's folder",
+    }
+    assert {verb for verb, *_ in calls} == set(FLAGS)
+    finished = commands(tmp_path, *[("-m", "alexnet_jax", *call) for call in calls])
+    for (verb, *_), message, done in zip(calls, calls.values(), finished, strict=True):
+        assert (done.returncode, done.stdout) == (1, "")
+        assert re.fullmatch(f"alexnet-jax {verb}: .*\n", done.stderr), done.stderr
+        assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_studies_run_from_any_folder(tmp_path: Path) -> None:
+    """The package's own studies, by both commands, and a user's own file: the example of `base.study`."""
+    assert base.study.__doc__ is not None
+    example = textwrap.dedent(re.split(r"A whole study:\n", base.study.__doc__)[1].partition("    Args:")[0])
+    assert len(example.strip().splitlines()) <= 14
+    (tmp_path / "my_study.py").write_text(example)
+    as_verb, as_module, own, scaled = commands(
+        tmp_path,
+        ("-m", "alexnet_jax", "run", LRN, "--dry_run", "--seeds=0:1"),
+        ("-m", "alexnet_jax.main", LRN, "--dry_run", "--seeds=0:1"),
+        ("-m", "alexnet_jax", "run", "--config=my_study.py", "--dry_run", "--only=wide_and_slow"),
+        ("-m", "alexnet_jax", "run", "--config=my_study.py:tiny", "--dry_run"),
+    )
+    assert as_verb.returncode == 0, as_verb.stderr
+    assert re.findall(r"│ (\w+), seed (\d) ", as_verb.stdout) == [
+        ("lrn", "0"),
+        ("no_lrn", "0"),
+        ("lrn_after_pooling", "0"),
+    ]
+    assert as_module.stdout == as_verb.stdout
+    assert own.returncode == 0, own.stderr
+    assert re.findall(r"│ (\w+), seed (\d) ", own.stdout) == [("wide_and_slow", str(seed)) for seed in range(5)]
+    assert "my_study" in own.stdout
+    assert scaled.returncode == 1
+    assert scaled.stderr.startswith("alexnet-jax run: scale=tiny: must be one of embedded, ")
+    assert [path.name for path in tmp_path.iterdir()] == ["my_study.py"]
+
+
+REPORT = """
+import sys
+from alexnet_jax.__main__ import main
+main()
+assert not {"jax", "flax", "tensorflow"} & set(sys.modules)
+"""
+
+
+def test_report_does_without_jax(tmp_path: Path) -> None:
+    study = StudyDir(tmp_path / "study")
+    description = {"name": "s", "reported": "mnist5k, test", "arms": {"a": {}}, "sizes": {}, "seeds": [0], "claims": []}
+    write_json(study.study_file, description | {"tuning": None})
+    (done,) = commands(tmp_path, ("-c", REPORT, "report", "study"))
+    assert done.returncode == 0, done.stderr
+    assert "1 run(s) not started" in done.stdout
+    assert study.report_file.exists()

@@ -1,0 +1,160 @@
+"""Files of runs and studies are complete or absent, and say which run they belong to."""
+
+import json
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import REPOSITORY, run_config
+
+from alexnet_jax import run_dir
+from alexnet_jax.config import as_json
+from alexnet_jax.run_dir import RunDir, StudyDir, atomic_write, complete_lines, read_json, write_json, write_text
+
+
+def test_atomic_write_makes_folders_and_files_that_others_can_read(tmp_path: Path) -> None:
+    path = tmp_path / "arm" / "seed_0" / "result.json"
+    write_json(path, {"steps": 12})
+    assert read_json(path) == {"steps": 12}
+    reference = tmp_path / "reference"
+    reference.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(reference.stat().st_mode)
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "filters.npy"
+    write_text(path, "old")
+    with pytest.raises(OSError, match="disk full"), atomic_write(path) as temporary:
+        temporary.write_text("ne")
+        raise OSError("disk full")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_processes_may_write_the_same_file_at_once(tmp_path: Path) -> None:
+    """A reader always finds a complete file of one of them."""
+    path, size = tmp_path / "statistics.npz", 500_000
+    write_text(path, "x" * size)
+    script = (
+        "from pathlib import Path; from alexnet_jax.run_dir import write_text\n"
+        "for _ in range(200): write_text(Path({path!r}), {letter!r} * {size})"
+    )
+    commands = [
+        [sys.executable, "-c", script.format(path=str(path), letter=letter, size=size)] for letter in ("a", "b")
+    ]
+    contents = set()
+    writers = [subprocess.Popen(command) for command in commands]
+    while any([writer.poll() is None for writer in writers]):
+        text = path.read_text()
+        assert len(text) == size
+        contents |= set(text)
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert contents <= {"x", "a", "b"}
+    assert contents & {"a", "b"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_complete_lines_leave_out_what_a_killed_process_wrote_last(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert complete_lines(path) == []
+    path.write_text('{"step": 2}\n{"step": 4}\n{"st')
+    assert complete_lines(path) == ['{"step": 2}\n', '{"step": 4}\n']
+    assert RunDir(tmp_path).metrics() == [{"step": 2}, {"step": 4}]
+
+
+def test_status_follows_from_the_files(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "no_lrn" / "seed_0")
+    assert (run.name, run.status, run.result) == ("no_lrn/seed_0", "not started", None)
+    write_json(run.config_file, {})
+    assert run.status == "unfinished"
+    write_json(run.failure_file, {"error": "disk full"})
+    assert run.status == "failed"
+    write_json(run.result_file, {"steps": 12})
+    assert (run.status, run.result) == ("finished", {"steps": 12})
+
+
+def test_name_of_a_relative_path_has_the_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lrn").mkdir()
+    monkeypatch.chdir(tmp_path / "lrn")
+    assert RunDir("seed_0").name == "lrn/seed_0"
+
+
+def test_check_accepts_a_free_folder_and_the_same_config(tmp_path: Path) -> None:
+    run, config = RunDir(tmp_path), as_json(run_config())
+    run.check(config)
+    write_json(run.config_file, config)
+    run.check(config)
+
+
+def test_check_names_every_difference(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    changed = {"optim.learning_rate": 0.5, "model.layers.conv1.then": ("activation",)}
+    write_json(run.config_file, as_json(run_config()))
+    with pytest.raises(ValueError, match="holds a run of another config") as refused:
+        run.check(as_json(run_config(seed=1, **changed)))
+    assert str(refused.value) == (
+        f"{run.path} holds a run of another config (model.layers.conv1.then was ['activation', 'lrn', 'max_pool'], is "
+        "['activation']; optim.learning_rate was 0.004, is 0.5; seed was 0, is 1): choose another --workdir, or "
+        "delete that folder to start again"
+    )
+
+
+def test_config_is_read_back_equal(tmp_path: Path) -> None:
+    run, config = RunDir(tmp_path), run_config(**{"optim.biases.decay_epochs": (1.0, 2.0)})
+    assert run.read_config() is None
+    write_json(run.config_file, as_json(config))
+    assert run.read_config() == config
+
+
+def test_config_of_version_0_1_is_refused_in_one_line(tmp_path: Path) -> None:
+    run, config = RunDir(tmp_path / "run"), as_json(run_config())
+    for layer in config["model"]["layers"].values():
+        layer["crosses"] = layer.pop("sees") == "all"
+    write_json(run.config_file, config)
+    with pytest.raises(ValueError, match="0.1") as refused:
+        run.read_config()
+    assert str(refused.value) == (
+        f"{run.config_file}: the config is of alexnet_jax 0.1, whose fields have other names; use that version or train "
+        "again"
+    )
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> StudyDir:
+    """The folder of a study of two arms, with seeds 1 and 0."""
+    folder = StudyDir(tmp_path / "study")
+    description: dict[str, Any] = {"arms": {"relu": {}, "no_lrn": {}}, "seeds": [1, 0]}
+    write_json(folder.study_file, description)
+    return folder
+
+
+def test_runs_are_in_the_studys_order_then_seeds_on_disk(study: StudyDir) -> None:
+    write_json(study.run("no_lrn", 10).config_file, {})
+    write_json(study.run("relu", 7).config_file, {})
+    write_json(study.trial("relu", "optim.learning_rate", 0.01, 1000).config_file, {})
+    runs = study.runs()
+    assert [(arm, seed) for arm, seed, _ in runs] == [(arm, n) for arm in ("relu", "no_lrn") for n in (1, 0, 7, 10)]
+    assert [folder.path for *_, folder in runs] == [study.path / arm / f"seed_{seed}" for arm, seed, _ in runs]
+
+
+def test_trials_have_folders_of_their_own(study: StudyDir) -> None:
+    trial = study.trial("relu", "optim.learning_rate", 0.01, 1000)
+    assert trial.path == study.path / "relu" / "learning_rate_0.01" / "seed_1000"
+
+
+def test_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a study's folder: it has no study.json; give one like runs/"):
+        StudyDir(tmp_path).read()
+
+
+def test_environment_names_versions_and_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment = run_dir.environment()
+    assert json.loads(json.dumps(environment)) == environment
+    assert {"alexnet_jax", "python", "jax", "numpy", "machine", "cores"} <= environment.keys()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert environment["commit"] == head.stdout.strip()
+    monkeypatch.setenv("PATH", str(tmp_path))  # without git
+    assert run_dir.environment() == environment | {"commit": "", "uncommitted_changes": False}
