@@ -43,9 +43,7 @@ def load_study(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise ValueError(f"--config={path}: must define a function get_config(scale) that returns a study")
     study = namespace["get_config"](*scale).lock()
     for override in overrides:
-        key = override.removeprefix("--config.").split("=")[0].split("[")[0]
-        if not _has(study, key):
-            raise ValueError(_unknown(study, key))
+        require_key(study, override.removeprefix("--config.").split("=")[0].split("[")[0])
     values = flags.FlagValues()  # not absl's global flags: a notebook may load many studies
     arguments = ["alexnet-jax", *overrides]
     try:
@@ -113,17 +111,40 @@ def run_config(study: ConfigDict, arm: str, seed: int, changes: Mapping[str, Any
     """
     config = ConfigDict({section: study[section].to_dict() for section in SECTIONS})
     config.lock()
-    for key in [*flatten(study.arms[arm]), *(changes or {})]:
-        if not _has(config, key):
-            raise ValueError(f"arm {arm!r}: {_unknown(config, key)}")
     try:
-        config.update(study.arms[arm].to_dict())
-        config.update_from_flattened_dict(changes or {})
-    except TypeError as error:
+        apply_changes(config, study.arms[arm])
+        apply_changes(config, changes or {})
+    except ValueError as error:
         raise ValueError(f"arm {arm!r}: {error}") from None
     with config.unlocked():
         config.seed = seed
     return config
+
+
+def apply_changes(config: ConfigDict, changes: ConfigDict | Mapping[str, Any]) -> None:
+    """Apply changes to a config, in place: nested, or by dotted key.
+
+    Raises:
+      ValueError: a change names a key that does not exist, or has a value of another type.
+    """
+    for key, value in flatten(changes).items():
+        require_key(config, key)
+        try:
+            config.update_from_flattened_dict({key: value})
+        except TypeError as error:
+            raise ValueError(f"{key}={value!r}: must have the type of the default; {error}") from None
+
+
+def require_key(config: ConfigDict, key: str) -> None:
+    """Check that a config has a field.
+
+    Raises:
+      ValueError: it has none of this dotted key; names the nearest ones.
+    """
+    keys = list(flatten(config))
+    if key not in keys:
+        nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0) + difflib.get_close_matches(key, keys)[1:]
+        raise ValueError(f"unknown config key {key!r}; did you mean {' or '.join(nearest)}?")
 
 
 def reference_run(study: ConfigDict) -> ConfigDict:
@@ -256,19 +277,3 @@ def _layer_rules(key: str, layer: ConfigDict, towers: int, last: bool) -> Iterat
         yield f"{key}.kernel", _at_least(1)
         yield f"{key}.stride", _at_least(1)
         yield f"{key}.padding", _Rule(lambda value: len(value) == 2 and min(value) >= 0, "pixels before and after")
-
-
-def _has(config: ConfigDict, key: str) -> bool:
-    """Return whether a config has a dotted key."""
-    for name in key.split("."):
-        if not isinstance(config, ConfigDict) or name not in config:
-            return False
-        config = config[name]
-    return True
-
-
-def _unknown(config: ConfigDict, key: str) -> str:
-    """Return the message for a key that does not exist, with the nearest ones."""
-    keys = list(flatten(config))
-    nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0) + difflib.get_close_matches(key, keys)[1:]
-    return f"unknown config key {key!r}; did you mean {' or '.join(nearest)}?"

@@ -247,7 +247,7 @@ def _normalise(x: jax.Array, window: tuple[int, ...], k: float, alpha: float, be
     def gradient(cotangent: jax.Array, x: jax.Array) -> tuple[jax.Array]:
         # Shorter than the derivative of the plain form, which has another division and power. The sums are recomputed,
         # because they are as large as x. Here x depends on the cotangent, without changing: otherwise XLA would find
-        # them equal to those of the forward pass, and keep these (an optimization_barrier keeps them, too).
+        # them equal to those of the forward pass, and keep these (up to jax 0.10 also with an optimization_barrier).
         x = jnp.where(jnp.isnan(cotangent), cotangent, x)
         scales = scale(x)
         direct = divide(cotangent, scales)

@@ -58,7 +58,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any | None:
+def read_json(path: Path) -> Any:
     """Return the value in a JSON file, or None if the file does not exist."""
     return json.loads(path.read_text()) if path.exists() else None
 

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from alexnet_jax.config import flatten
+from alexnet_jax.config import apply_changes, flatten
 from alexnet_jax.configs import scales
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")  # figure 2
@@ -311,17 +311,5 @@ def get_config(
     config.tuning.seeds = (1000,)  # of the trials; none of the study's
 
     scales.apply(config, scale, among)
-    _apply(config, changes or {})
+    apply_changes(config, changes or {})
     return config
-
-
-def _apply(config: ConfigDict, changes: Mapping[str, Any]) -> None:
-    """Apply changes in place, none of which may add a field."""
-    fields = flatten(config)
-    for key, value in flatten(changes).items():
-        if key not in fields:
-            raise ValueError(f"{key}={value!r}: must be a field of configs/base.py; check its name and its section")
-        try:
-            config.update_from_flattened_dict({key: value})
-        except TypeError as error:
-            raise ValueError(f"{key}={value!r}: must have the type of the default; {error}") from None

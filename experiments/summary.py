@@ -47,8 +47,7 @@ def list_claims(study: Path) -> pd.DataFrame:
     """Return the claims of a study as text, with the study's name and data and the objections to its verdicts."""
     claims = analysis.verdicts(study).rename(columns={"pairs": "n"})
     claims["verdict"] = [
-        objection(study, metric) or verdict
-        for metric, verdict in zip(claims["metric"], claims["verdict"], strict=True)
+        objection(study, metric) or verdict for metric, verdict in zip(claims["metric"], claims["verdict"], strict=True)
     ]
     claims.insert(0, "study", study.relative_to(HERE).as_posix())
     claims["data"] = analysis.load_study(study)["reported"]

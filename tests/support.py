@@ -43,12 +43,10 @@ REDUCED: dict[str, Any] = {
 }
 
 
-def run_config(scale: str = "embedded", seed: int = 0, **changes: Any) -> ConfigDict:
-    """Return a run's config at a scale; changes have dotted keys."""
-    study = base.get_config(scale)
-    for key, value in changes.items():
-        study.update_from_flattened_dict({key: value})
-    return config_lib.run_config(study, "base", seed)
+def run_config(scale: str = "embedded", /, **changes: Any) -> ConfigDict:
+    """Return a run's config at a scale; changes have dotted keys, or are its seed."""
+    seed = changes.pop("seed", 0)
+    return config_lib.run_config(base.get_config(scale, changes), "base", seed)
 
 
 def network_config(name: str, **changes: Any) -> ConfigDict:

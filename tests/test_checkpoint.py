@@ -8,7 +8,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from support import TINY, random_statistics, run_config, run_script
 
 from alexnet_jax import model
 from alexnet_jax.checkpoint import Checkpoints, TrainedNetwork, load_run, save_run
@@ -16,6 +15,7 @@ from alexnet_jax.data.statistics import uniform
 from alexnet_jax.parallel import TOWER, Executor
 from alexnet_jax.run_dir import RunDir
 from alexnet_jax.train import new_state
+from support import TINY, random_statistics, run_config, run_script
 
 
 def state(seed: int = 0) -> dict[str, Any]:
@@ -127,7 +127,7 @@ with test_checkpoint.Checkpoints(Path({str(tmp_path)!r}), keep=2) as checkpoints
 
 @pytest.fixture
 def network() -> TrainedNetwork:
-    """An untrained network with batch normalisation, whose averages and statistics are like measured ones."""
+    """Return an untrained network with batch normalisation, whose averages and statistics are like measured ones."""
     then = ("batch_norm", "activation", "max_pool")
     config = run_config(**TINY | {"data.subtract": "mean_image", "model.layers.conv1.then": then})
     variables = model.init(config.model, 10, (23, 23, 1), seed=3)
@@ -148,7 +148,7 @@ def test_saved_run_is_loaded_bit_identical(tmp_path: Path, network: TrainedNetwo
 
 
 def test_statistics_that_were_not_measured_are_those_of_the_config(network: TrainedNetwork) -> None:
-    with pytest.raises(ValueError, match="data.subtract=mean_image: must be 'mean' for weights from elsewhere"):
+    with pytest.raises(ValueError, match=r"data.subtract=mean_image: must be 'mean' for weights from elsewhere"):
         network._replace(statistics=None).known_statistics()
     config = run_config(**TINY)  # subtracts data.mean
     known = network._replace(statistics=None, config=config).known_statistics()
@@ -157,7 +157,9 @@ def test_statistics_that_were_not_measured_are_those_of_the_config(network: Trai
 
 def test_folder_without_a_checkpoint_is_refused(tmp_path: Path, network: TrainedNetwork) -> None:
     run = RunDir(tmp_path / "run")
-    with pytest.raises(ValueError, match="run: must be a run's folder, with config.json, dataset.json and checkpoints"):
+    with pytest.raises(
+        ValueError, match=r"run: must be a run's folder, with config.json, dataset.json and checkpoints"
+    ):
         load_run(run.path)
     save_run(run, network, new_state(network.config, network.variables), {})
     for folder in run.checkpoints.iterdir():

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from support import REPOSITORY, TINY, network_config, noise_batch, noise_setup, random_statistics, run_config
 
 from alexnet_jax import layers, model, train
 from alexnet_jax.evaluate import per_example_metrics
 from alexnet_jax.parallel import DATA, TOWER, Executor
 from alexnet_jax.tools import summary
+from support import REPOSITORY, TINY, network_config, noise_batch, noise_setup, random_statistics, run_config
 
 SCRIPT = REPOSITORY / "experiments" / "speed" / "cost.py"
 cost = SimpleNamespace(**runpy.run_path(str(SCRIPT)))

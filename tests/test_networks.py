@@ -158,7 +158,7 @@ def assert_equal_to_pytorch(config: ConfigDict, executor: str, torch: ModuleType
     side_by_side = jax.tree.map(lambda leaf: np.concatenate(list(leaf), axis=-1), stats)
     running = torch_alexnet.tensors(side_by_side, torch.float64)
     exact = torch_alexnet.forward(config.model, theirs, torch.tensor(images, dtype=torch.float64), running, train)
-    torch.nn.functional.cross_entropy(exact, torch.tensor(np.asarray(labels))).backward()
+    torch.nn.functional.cross_entropy(exact, torch.tensor(labels.tolist())).backward()
     expected = exact.detach().numpy()
     assert np.ptp(expected, axis=0).max() > 0.01 * np.abs(expected).max()  # the logits depend on the image
     assert_close(logits, expected, 2e-5)

@@ -1,11 +1,13 @@
 """Committed notebooks and tables of results are up to date with the studies' files."""
 
+import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
+
 from support import REPOSITORY
 
 EXPERIMENTS = REPOSITORY / "experiments"
@@ -14,7 +16,9 @@ summary = SimpleNamespace(**runpy.run_path(str(EXPERIMENTS / "summary.py")))
 
 QUICK = ("lrn", "relu")
 NOTEBOOKS = [
-    pytest.param(path, id=path.parent.name, marks=[] if path.parent.name in QUICK else [pytest.mark.slow])
+    pytest.param(
+        path, id=str(path.relative_to(EXPERIMENTS)), marks=[] if path.parent.name in QUICK else [pytest.mark.slow]
+    )
     for path in execute.NOTEBOOKS
 ]
 
@@ -48,12 +52,13 @@ def test_committed_tables_of_results_are_current() -> None:
         assert summary.insert(text, table) == text, f"{path}: run experiments/summary.py"
 
 
-def test_speed_claim_tuned_on_another_metric_is_withdrawn(tmp_path: Path) -> None:
-    study = '{"arms": {}, "claims": [], "tuning": {"key": "optim.learning_rate", %s "arms": {"relu": {"chosen": %s, "scores": {"1": 1.0, "2": 0.5, "3": 0.9}}}}}'
+def test_speed_claim_counts_only_if_tuned_on_speed_inside_the_grid(tmp_path: Path) -> None:
     for metric, chosen, expected in (
-        ("", 2, "withdrawn: arms tuned on another metric"),
-        ('"metric": "epochs_to_25",', 1, "withdrawn: tuned value at the edge of its grid"),
-        ('"metric": "epochs_to_25",', 2, ""),
+        ({}, 2.0, "withdrawn: arms tuned on another metric"),
+        ({"metric": "epochs_to_25"}, 1.0, "withdrawn: tuned value at the edge of its grid"),
+        ({"metric": "epochs_to_25"}, 2.0, ""),
     ):
-        (tmp_path / "study.json").write_text(study % (metric, chosen))
+        arm = {"chosen": chosen, "scores": {"1.0": 1.5, "2.0": 1.2, "3.0": None}}
+        tuning = {"key": "optim.learning_rate", "arms": {"relu": arm}, **metric}
+        (tmp_path / "study.json").write_text(json.dumps({"tuning": tuning}))
         assert summary.objection(tmp_path, "epochs_to_25") == expected

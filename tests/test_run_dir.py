@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import REPOSITORY, run_config
 
 from alexnet_jax import run_dir
 from alexnet_jax.config import as_json
 from alexnet_jax.run_dir import RunDir, StudyDir, atomic_write, complete_lines, read_json, write_json, write_text
+from support import REPOSITORY, run_config
 
 
 def test_atomic_write_makes_folders_and_files_that_others_can_read(tmp_path: Path) -> None:
@@ -27,9 +27,14 @@ def test_atomic_write_makes_folders_and_files_that_others_can_read(tmp_path: Pat
 def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "filters.npy"
     write_text(path, "old")
-    with pytest.raises(OSError, match="disk full"), atomic_write(path) as temporary:
-        temporary.write_text("ne")
-        raise OSError("disk full")
+
+    def write_half() -> None:
+        with atomic_write(path) as temporary:
+            temporary.write_text("ne")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -47,7 +52,7 @@ def test_two_processes_may_write_the_same_file_at_once(tmp_path: Path) -> None:
     ]
     contents = set()
     writers = [subprocess.Popen(command) for command in commands]
-    while any([writer.poll() is None for writer in writers]):
+    while None in [writer.poll() for writer in writers]:
         text = path.read_text()
         assert len(text) == size
         contents |= set(text)
@@ -114,17 +119,17 @@ def test_config_of_version_0_1_is_refused_in_one_line(tmp_path: Path) -> None:
     for layer in config["model"]["layers"].values():
         layer["crosses"] = layer.pop("sees") == "all"
     write_json(run.config_file, config)
-    with pytest.raises(ValueError, match="0.1") as refused:
+    with pytest.raises(ValueError, match=r"0\.1") as refused:
         run.read_config()
     assert str(refused.value) == (
-        f"{run.config_file}: the config is of alexnet_jax 0.1, whose fields have other names; use that version or train "
-        "again"
+        f"{run.config_file}: the config is of alexnet_jax 0.1, whose fields have other names; "
+        "use that version or train again"
     )
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> StudyDir:
-    """The folder of a study of two arms, with seeds 1 and 0."""
+    """Return the folder of a study of two arms, with seeds 1 and 0."""
     folder = StudyDir(tmp_path / "study")
     description: dict[str, Any] = {"arms": {"relu": {}, "no_lrn": {}}, "seeds": [1, 0]}
     write_json(folder.study_file, description)
@@ -146,7 +151,7 @@ def test_trials_have_folders_of_their_own(study: StudyDir) -> None:
 
 
 def test_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a study's folder: it has no study.json; give one like runs/"):
+    with pytest.raises(ValueError, match=r"is not a study's folder: it has no study.json; give one like runs/"):
         StudyDir(tmp_path).read()
 
 

@@ -21,7 +21,6 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from support import REPOSITORY, TINY, random_statistics, run_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alexnet_jax import evaluate, metrics, train
@@ -31,6 +30,7 @@ from alexnet_jax.data.datasets import Arrays
 from alexnet_jax.data.loader import train_batches
 from alexnet_jax.metrics import MetricWriter
 from alexnet_jax.run_dir import RunDir, complete_lines, read_json
+from support import REPOSITORY, TINY, random_statistics, run_config
 
 # The first layers of a network are enough where only the loop matters, and compile faster.
 SHALLOW = TINY | {"model.order": ("conv1", "conv3", "fc8")}
@@ -88,7 +88,7 @@ def compilations() -> Iterator[list[str]]:
     """Yield a list that grows with each program that XLA compiles, or that the compilation cache has."""
     compiled: list[str] = []
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
             compiled.append(event)
 
@@ -101,9 +101,10 @@ def compilations() -> Iterator[list[str]]:
 
 @pytest.fixture
 def default_handlers() -> Iterator[None]:
-    """Python's handlers of signals; where pytest is a shell's background job, SIGINT is ignored."""
-    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    """Install Python's handlers of signals: pytest ignores SIGINT where a shell runs it in the background."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -111,7 +112,7 @@ def default_handlers() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted run of 12 steps."""
+    """Return the folder of an uninterrupted run of 12 steps."""
     workdir = tmp_path_factory.mktemp("run") / "whole"
     train.train_and_evaluate(run_config(**TINY), workdir)
     return workdir
@@ -122,7 +123,7 @@ def test_metrics_are_logged_under_their_names(whole: Path) -> None:
     errors = ("loss", "top1_error", "top5_error")
     training = {"step", "epoch", "learning_rate", *(f"train/{name}" for name in errors)}
     evaluation = {"step", "epoch", *(f"{part}/{name}" for part in ("eval", "train_eval") for name in errors)}
-    assert [(line["step"], line.keys()) for line in lines] == [
+    assert [(line["step"], set(line)) for line in lines] == [
         *((step, training) for step in (2, 4, 6)),
         (6, evaluation),
         *((step, training) for step in (8, 10, 12)),
@@ -463,9 +464,7 @@ def test_folder_of_another_config_is_refused(whole: Path) -> None:
         ({"model.layers.conv4.kernel": 9}, "conv4: a kernel of 9x9 does not fit a feature map of 5x5 padded by 1+1"),
     ],
 )
-def test_config_that_does_not_fit_the_dataset_is_refused(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_config_that_does_not_fit_the_dataset_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         train.train_and_evaluate(run_config(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()

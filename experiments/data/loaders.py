@@ -1,8 +1,8 @@
 """Time one loader: python loaders.py KIND FOLDER BATCH
 
-measure.py starts it. FOLDER/images has the JPEGs and FOLDER/datasets the same ones prepared. After a first pass over all
-images it prints "ready"; for each line on standard input it runs another pass and prints the images per second. Only
-what KIND needs is imported.
+measure.py starts it. FOLDER/images has the JPEGs and FOLDER/datasets the same ones prepared. After a first pass over
+all images it prints "ready"; for each line on standard input it runs another pass and prints the images per second.
+Only what KIND needs is imported.
 """
 
 import sys

@@ -3,7 +3,6 @@
 Writes towers.svg beside the script. The sizes and the numbers are those of `configs/networks/paper.py`.
 """
 
-import io
 import math
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from alexnet_jax.configs.networks import paper
 from alexnet_jax.tools import summary
 from alexnet_jax.tools.summary import Row
 
-WIDTH, HEIGHT = 830, 400  # pixels
+WIDTH, HEIGHT = 812, 400  # pixels
 TOWERS = {0: ("#3b6fb6", "#a9c5e8", "#dbe8f6"), 1: ("#c8662b", "#f0bf9c", "#fae4d5")}  # edge, side, front
 CENTRES = {0: 292, 1: 108}  # y of each tower's boxes
 INK, QUIET, ACCENT = "#24292f", "#6e7781", "#6f42c1"

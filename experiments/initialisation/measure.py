@@ -41,7 +41,7 @@ def photo_like_noise(size: int) -> np.ndarray:
 
 
 def dependence(name: str, divisor: float, seeds: range) -> list[float]:
-    """Return the logits' standard deviation over images, averaged over classes, relative to their RMS, for each seed."""
+    """Return for each seed the logits' standard deviation over images, averaged over classes, relative to their RMS."""
     config = reference_run(importlib.import_module(f"alexnet_jax.configs.networks.{name}").get_config())
     with config.unlocked():
         config.data.update(subtract="mean", mean=(122.7, 116.7, 104.0), std=(divisor,))

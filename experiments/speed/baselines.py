@@ -1,7 +1,8 @@
 """One implementation to benchmark, in a process of its own: baselines.py KIND WHAT NETWORK BATCH STEPS
 
 Prints "ready" once it has compiled. For each line on standard input it runs STEPS steps and prints the seconds they
-took. At the end of the input it prints the peak memory of the process in bytes. measure.py starts it.
+took. At the end of the input it prints the peak memory of the process in bytes. measure.py starts it. Only what KIND
+needs is imported, because that memory counts.
 """
 
 import os
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -21,8 +22,10 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import parallel
 from alexnet_jax.config import reference_run
-from alexnet_jax.data.datasets import Arrays, Dataset
-from alexnet_jax.data.statistics import Statistics
+
+if TYPE_CHECKING:
+    from alexnet_jax.data.datasets import Dataset
+    from alexnet_jax.data.statistics import Statistics
 
 NETWORKS = {
     "paper": "networks.paper",
@@ -59,8 +62,11 @@ def noise(config: ConfigDict, network: str, side: int) -> tuple[np.ndarray, np.n
     return images, generator.integers(0, count_classes(network), batch).astype(np.int32)
 
 
-def placeholder_dataset(config: ConfigDict, network: str) -> tuple[Dataset, Statistics]:
+def placeholder_dataset(config: ConfigDict, network: str) -> "tuple[Dataset, Statistics]":
     """Return a dataset of the right sizes, whose images are not read, and its statistics."""
+    from alexnet_jax.data.datasets import Arrays, Dataset
+    from alexnet_jax.data.statistics import Statistics
+
     size = config.data.image_size
     source = Arrays(np.broadcast_to(np.uint8(0), (10_000, size, size, 3)), np.zeros(10_000, int))
     mean = np.full((size, size, 3), 120, np.float32)

@@ -100,7 +100,7 @@ def measure(group: str, repetitions: int) -> list[dict[str, object]]:
 
 
 def measure_startup(repetitions: int) -> list[dict[str, object]]:
-    """Return the seconds from starting Python to the end of the first step, with a cold and a warm compilation cache."""
+    """Return the seconds from starting Python to the end of the first step, with a cold and a warm cache."""
     rows = []
     for repetition in range(repetitions):
         with tempfile.TemporaryDirectory() as cache:

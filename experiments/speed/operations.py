@@ -15,21 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pandas as pd
 from baselines import NETWORKS, load_config, noise, ours, placeholder_dataset
+from flax import linen as nn
+from jax import lax
 from ml_collections import ConfigDict
 from PIL import Image
 
-from alexnet_jax import parallel
-
-parallel.ensure_host_devices(2)  # before JAX is used
-
-import jax
-from flax import linen as nn
-from jax import lax
-
-from alexnet_jax import layers, model, optim, train
+from alexnet_jax import layers, model, optim, parallel, train
 from alexnet_jax.data import augment, loader
 from alexnet_jax.data.datasets import Source
 from alexnet_jax.parallel import DATA, TOWER, Executor
@@ -209,6 +204,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where to write the CSV file")
     arguments = parser.parse_args()
+    parallel.ensure_host_devices(2)
     without = arguments.without
     kernels = [kernel for kernel in layers.KERNELS if without not in (kernel, "kernels")]
     with layers.cpu_kernels(*kernels):

@@ -1,5 +1,6 @@
 """A study runs what is missing, tunes its arms on images of their own, and starts nothing where an arm cannot run."""
 
+import json
 import re
 import subprocess
 import sys
@@ -58,8 +59,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
             raise FloatingPointError("train/loss is nan")
         write_json(folder.config_file, as_json(config))
         distance = abs(rate - (0.01 if config.model.activation == "tanh" else 0.02))
-        reached = f'{{"step": 1, "epoch": {100 * distance}, "train/top1_error": 0.25}}\n'
-        write_text(folder.metrics_file, '{"step": 0, "train/top1_error": 0.9}\n' + (reached if rate >= 0.005 else ""))
+        records = [{"step": 1, "epoch": 0.0, "train/top1_error": 0.9}]
+        if rate >= 0.005:
+            records.append({"step": 2, "epoch": 100 * distance, "train/top1_error": 0.25})
+        write_text(folder.metrics_file, "".join(json.dumps(record) + "\n" for record in records))
         error = distance + 0.1 * (config.seed == 1001)
         validation = {"validation/top1_error": error, "validation/loss": 1.0} if config.data.validation_split else {}
         result = {"eval/top1_error": 1 - error, "eval/top5_error": 0.0, "steps": 1, "epochs": config.train.epochs}
@@ -117,24 +120,23 @@ def test_failed_run_is_recorded_and_the_others_run(
 
 
 def test_each_arm_chooses_its_learning_rate_on_validation_images(
-    trained: list[tuple[str, Path]], tmp_path: Path
+    trained: list[tuple[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Trials hold images out and have seeds of their own; the runs that follow train on all images."""
-    config = tuned_study(0.001, 0.01, 0.018, 5.0, seeds=(0, 1), **{"tuning.seeds": (1000, 1001)})
-    failed = runner.run_study(config, tmp_path)
+    rates, trial_seeds = (0.018, 0.01, 5.0), (1000, 1001)
+    failed = runner.run_study(tuned_study(*rates, seeds=(0, 1), **{"tuning.seeds": trial_seeds}), tmp_path)
     assert [run.name for run in failed] == [
-        f"{arm}, seed {seed}, tuning with 5.0" for seed in (1000, 1001) for arm in ("relu", "tanh")
+        f"{arm}, seed {seed}, tuning with 5.0" for seed in trial_seeds for arm in ("relu", "tanh")
     ]
     trials = [
-        (arm, StudyDir(tmp_path).trial(arm, "optim.learning_rate", rate, seed).path)
-        for seed in (1000, 1001)
-        for rate in (0.001, 0.01, 0.018, 5.0)
+        (arm, tmp_path / arm / f"learning_rate_{rate}" / f"seed_{seed}")
+        for seed in trial_seeds
+        for rate in rates
         for arm in ("relu", "tanh")
     ]
-    assert trials[0] == ("relu", tmp_path / "relu" / "learning_rate_0.001" / "seed_1000")
     assert trained == trials + [(arm, tmp_path / arm / f"seed_{seed}") for seed in (0, 1) for arm in ("relu", "tanh")]
 
-    trial = RunDir(tmp_path / "tanh" / "learning_rate_0.001" / "seed_1001").read_config()
+    trial = RunDir(tmp_path / "tanh" / "learning_rate_0.01" / "seed_1001").read_config()
     final = RunDir(tmp_path / "tanh" / "seed_1").read_config()
     assert trial is not None
     assert final is not None
@@ -145,56 +147,33 @@ def test_each_arm_chooses_its_learning_rate_on_validation_images(
     described = StudyDir(tmp_path).read()
     assert described["arms"]["relu"] == {"optim.learning_rate": 0.018}
     assert described["arms"]["tanh"] == {"model.activation": "tanh", "optim.learning_rate": 0.01}
-    assert described["tuning"]["metric"] == "validation/top1_error"
-    assert described["tuning"]["arms"]["tanh"] == {
-        "chosen": 0.01,
-        "scores": {  # means of the two seeds, the second with 0.1 more
-            "0.001": pytest.approx(0.059),
-            "0.01": pytest.approx(0.05),
-            "0.018": pytest.approx(0.058),
-            "5.0": None,
-        },
-        "at_edge": False,
-    }
-    report = (tmp_path / "report.html").read_text()
-    assert "optim.learning_rate = 0.01. Tuned by validation/top1_error (0.001: 5.90 %" in report
+    tuning = described["tuning"]
+    assert tuning["metric"] == "validation/top1_error"
+    # Means over two seeds, the second of which has 0.1 more. The edge is the smallest or the largest rate.
+    assert tuning["arms"]["tanh"]["scores"] == pytest.approx({"0.018": 0.058, "0.01": 0.05, "5.0": None})
+    assert {arm: tuned["at_edge"] for arm, tuned in tuning["arms"].items()} == {"relu": False, "tanh": True}
+    note = f"optim.learning_rate = 0.01, {analysis.AT_EDGE}. Tuned by validation/top1_error (0.018: 5.80 %, 0.01: 5.00 %"
+    assert note in (tmp_path / "report.html").read_text()
+    printed = capsys.readouterr().out
+    assert f"tanh: {note}" in printed
+    assert "relu: optim" not in printed
 
 
 def test_arm_can_be_tuned_on_epochs_to_25(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
-    """As in the paper's figure 1. A rate that never reaches 25 % training error in some trial has no score."""
-    metric = {"tuning.metric": "epochs_to_25", "tuning.seeds": (1000, 1001)}
-    config = tuned_study(0.001, 0.01, 0.03, **metric)
-    assert runner.run_study(config, tmp_path) == []
-    assert runner.choices(config, tmp_path) == {
-        "relu": {
-            "chosen": 0.01,
-            "scores": {"0.001": None, "0.01": pytest.approx(1.0), "0.03": pytest.approx(1.0)},
-            "at_edge": False,
-        },
-        "tanh": {
-            "chosen": 0.01,
-            "scores": {"0.001": None, "0.01": pytest.approx(0.0), "0.03": pytest.approx(2.0)},
-            "at_edge": False,
-        },
-    }
-    StudyDir(tmp_path).trial("tanh", "optim.learning_rate", 0.01, 1001).metrics_file.write_text("")
-    scores = runner.choices(config, tmp_path)["tanh"]["scores"]
-    assert scores == {"0.001": None, "0.01": None, "0.03": pytest.approx(2.0)}
+    """As in the paper's figure 1. A rate that does not reach 25 % training error in some trial has no score."""
+    config = tuned_study(0.001, 0.01, 0.015, **{"tuning.metric": "epochs_to_25", "tuning.seeds": (1000, 1001)})
+    assert runner.run_study(config, tmp_path, only=["relu"]) == []
+    choices = runner.choices(config, tmp_path)
+    assert list(choices) == ["relu"]
+    assert choices["relu"]["chosen"] == 0.015
+    assert choices["relu"]["scores"] == pytest.approx({"0.001": None, "0.01": 1.0, "0.015": 0.5})
+    final = StudyDir(tmp_path).run("relu", 0).read_config()
+    assert final is not None
+    assert final.optim.learning_rate == 0.015
 
-
-def test_choice_at_the_edge_of_the_grid_is_reported(
-    trained: list[tuple[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The edge is the smallest or largest value, in whatever order they are given."""
-    config = tuned_study(0.018, 0.001, 0.011)
-    runner.run_study(config, tmp_path)
-    assert {arm: choice["at_edge"] for arm, choice in runner.choices(config, tmp_path).items()} == {
-        "relu": True,
-        "tanh": False,
-    }
-    printed = capsys.readouterr().out
-    assert f"relu: optim.learning_rate = 0.018, {analysis.AT_EDGE}" in printed
-    assert "tanh: optim" not in printed
+    StudyDir(tmp_path).trial("relu", "optim.learning_rate", 0.015, 1001).metrics_file.write_text("")
+    relu = runner.choices(config, tmp_path)["relu"]
+    assert relu == {"chosen": 0.01, "scores": pytest.approx({"0.001": None, "0.01": 1.0, "0.015": None}), "at_edge": False}
 
 
 def test_arm_whose_trials_all_failed_is_not_run(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
