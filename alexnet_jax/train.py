@@ -232,8 +232,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                 last = step == steps
                 if last or step % config.train.log_every == 0:
                     with timer.paused(state):
-                        rate = optim.learning_rate(config.optim, epoch, steps, step - 1, progress.plateau.decays)
-                        means = _mean_metrics(state, step) | {"learning_rate": float(rate)}
+                        learning_rate = optim.learning_rate(config.optim, epoch, steps, step - 1, decays)
+                        means = _mean_metrics(state, step) | {"learning_rate": float(learning_rate)}
                         progress.metrics |= writer.write(step, {"epoch": step / epoch, **means, **timer.lap()})
                         if warning := timer.warning(config.data):
                             writer.log(warning)

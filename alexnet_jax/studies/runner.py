@@ -116,7 +116,7 @@ def choices(study: ConfigDict, workdir: Path) -> dict[str, Any]:
       By arm: `chosen`, the value; `scores`, the mean metric of each value (None where it was never reached or a run
       failed), and `at_edge`, whether the chosen value is the smallest or largest: the best one may lie outside.
     """
-    found: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     for arm in study.arms:
         runs = trials(study, workdir, [arm])
         if not runs or any(run.folder.status not in ("finished", "failed") for run in runs):
@@ -128,12 +128,12 @@ def choices(study: ConfigDict, workdir: Path) -> dict[str, Any]:
         best = min(scores, key=lambda value: scores[value])
         if math.isinf(scores[best]):
             continue
-        found[arm] = {
+        chosen[arm] = {
             "chosen": best,
             "scores": {str(value): None if math.isinf(score) else score for value, score in scores.items()},
             "at_edge": best in (min(scores), max(scores)),
         }
-    return found
+    return chosen
 
 
 def _score(folder: RunDir, metric: str) -> float:
@@ -241,8 +241,8 @@ def _check_folders(runs: list[Run]) -> None:
 
 def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
     """Write study.json, which tells the report about the study."""
-    found = choices(study, workdir)
-    chosen = {arm: choice["chosen"] for arm, choice in found.items()}
+    tuned = choices(study, workdir)
+    chosen = {arm: choice["chosen"] for arm, choice in tuned.items()}
     write_json(
         StudyDir(workdir).study_file,
         {
@@ -252,7 +252,7 @@ def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
             "sizes": sizes,
             "seeds": list(study.seeds),
             "claims": list(study.claims),
-            "tuning": {"key": study.tuning.key, "metric": study.tuning.metric, "arms": found},
+            "tuning": {"key": study.tuning.key, "metric": study.tuning.metric, "arms": tuned},
         },
     )
 

@@ -152,7 +152,9 @@ def test_each_arm_chooses_its_learning_rate_on_validation_images(
     # Means over two seeds, the second of which has 0.1 more. The edge is the smallest or the largest rate.
     assert tuning["arms"]["tanh"]["scores"] == pytest.approx({"0.018": 0.058, "0.01": 0.05, "5.0": None})
     assert {arm: tuned["at_edge"] for arm, tuned in tuning["arms"].items()} == {"relu": False, "tanh": True}
-    note = f"optim.learning_rate = 0.01, {analysis.AT_EDGE}. Tuned by validation/top1_error (0.018: 5.80 %, 0.01: 5.00 %"
+    note = (
+        f"optim.learning_rate = 0.01, {analysis.AT_EDGE}. Tuned by validation/top1_error (0.018: 5.80 %, 0.01: 5.00 %"
+    )
     assert note in (tmp_path / "report.html").read_text()
     printed = capsys.readouterr().out
     assert f"tanh: {note}" in printed
@@ -173,7 +175,11 @@ def test_arm_can_be_tuned_on_epochs_to_25(trained: list[tuple[str, Path]], tmp_p
 
     StudyDir(tmp_path).trial("relu", "optim.learning_rate", 0.015, 1001).metrics_file.write_text("")
     relu = runner.choices(config, tmp_path)["relu"]
-    assert relu == {"chosen": 0.01, "scores": pytest.approx({"0.001": None, "0.01": 1.0, "0.015": None}), "at_edge": False}
+    assert relu == {
+        "chosen": 0.01,
+        "scores": pytest.approx({"0.001": None, "0.01": 1.0, "0.015": None}),
+        "at_edge": False,
+    }
 
 
 def test_arm_whose_trials_all_failed_is_not_run(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
