@@ -144,8 +144,8 @@ class TrainedNetwork(NamedTuple):
             return self.statistics
         if self.config.data.subtract != "mean":
             raise ValueError(
-                f"data.subtract={self.config.data.subtract}: must be 'mean' for weights from elsewhere, because nothing "
-                "was measured; give --config.data.subtract=mean --config.data.mean=(red, green, blue)"
+                f"data.subtract={self.config.data.subtract}: must be 'mean' for weights from elsewhere, as nothing was "
+                "measured; give --config.data.subtract=mean --config.data.mean=(red, green, blue)"
             )
         return statistics_lib.uniform(self.config.data, self.channels)
 

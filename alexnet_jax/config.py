@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from alexnet_jax import configs
+from alexnet_jax.configs import FOLDER
 
 SECTIONS = ("model", "data", "optim", "train", "eval")
 
@@ -59,10 +59,9 @@ def _study_file(path: str) -> Path:
     file = Path(path)
     if file.is_file():
         return file
-    parts = file.parts[1:] if file.parts[:1] == ("configs",) else file.parts
-    for folder in configs.__path__:
-        if (bundled := Path(folder, *parts)).is_file():
-            return bundled
+    bundled = FOLDER.joinpath(*file.parts[1:] if file.parts[:1] == ("configs",) else file.parts)
+    if bundled.is_file():
+        return bundled
     raise ValueError(f"--config={path}: no such file; give a file of your own, or one of configs/")
 
 

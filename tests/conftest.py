@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+
 from support import REPOSITORY, TINY, command, run_config
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -31,13 +32,13 @@ SHARED_IMAGES = REPOSITORY.parent / "shared" / "prepare_data.py"
 
 @pytest.fixture
 def tiny() -> ConfigDict:
-    """The config of a run of 12 steps."""
+    """Return the config of a run of 12 steps."""
     return run_config(**TINY)
 
 
 @pytest.fixture(scope="session")
 def torch() -> ModuleType:
-    """PyTorch, an oracle that not every machine has room for."""
+    """Import PyTorch, an oracle that not every machine has room for."""
     try:
         return importlib.import_module("torch")
     except ImportError:
@@ -47,7 +48,7 @@ def torch() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[], subprocess.CompletedProcess[str]]]:
-    """The folder of the README's main job, with fewer arms, seeds and epochs, and the function that runs it again."""
+    """Run the README's main job with fewer arms, seeds and epochs; return its folder and the function that runs it."""
     folder = tmp_path_factory.mktemp("runs") / "ablation_lrn"
 
     def run() -> subprocess.CompletedProcess[str]:
@@ -61,7 +62,7 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of JPEGs of many sizes: train and val, cat (reddish) and dog (bluish), 20 and 5 of each."""
+    """Make a folder of JPEGs of many sizes: train and val, cat (reddish) and dog (bluish), 20 and 5 of each."""
     folder = tmp_path_factory.mktemp("images") / "photos"
     generator = np.random.default_rng(0)
     for split, count in (("train", 20), ("val", 5)):
@@ -77,7 +78,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TFDS folder with imagenette_224."""
+    """Prepare imagenette_224, and return its TFDS folder."""
     if not SHARED_IMAGES.exists():
         pytest.skip(f"real images are prepared by {SHARED_IMAGES.relative_to(REPOSITORY.parent)}, which is not here")
     folder = tmp_path_factory.mktemp("tfds")

@@ -81,8 +81,16 @@ def test_unknown_flag_is_a_usage_error(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit status 2; an abbreviation or a slip is not taken for another flag."""
-    required = {"prepare": ["x"], "evaluate": ["--run=x"], "predict": ["--run=x", "x"], "convert": ["x", "y"]}
-    arguments = required.get(verb, ["x"] if verb == "report" else [LRN])
+    required = {
+        "run": [LRN, "--dry_run"],
+        "prepare": ["x"],
+        "evaluate": ["--run=x"],
+        "predict": ["--run=x", "x"],
+        "summary": [LRN],
+        "convert": ["x", "y"],
+        "report": ["x"],
+    }
+    arguments = required[verb]
     assert run_main(monkeypatch, verb, *arguments, "--confg=1") == 2
     assert "unknown argument '--confg=1'" in capsys.readouterr().err
     if verb not in ("run", "summary", "convert"):

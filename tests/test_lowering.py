@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax import export
 from ml_collections import ConfigDict
-from support import TINY, noise_setup, random_statistics, run_config
 
 from alexnet_jax import model, train
 from alexnet_jax.evaluate import make_predictor
+from support import TINY, noise_setup, random_statistics, run_config
 
 MODERN: dict[str, Any] = {
     "optim.name": "adamw",

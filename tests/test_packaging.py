@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from support import REPOSITORY, TINY
 
 OWN_STUDY = '''"""Does a wider first layer help?"""
@@ -25,7 +26,7 @@ def get_config(scale="embedded"):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the contents of the wheel; Python finds the package there when started in it."""
+    """Unpack the wheel; Python finds the package in this folder when started there."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}"]
     subprocess.run([*build, str(REPOSITORY)], check=True, capture_output=True)

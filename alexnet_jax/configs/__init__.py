@@ -3,6 +3,7 @@
 from pathlib import Path
 
 # The wheel carries the configs beside this file; a checkout has them at the top level, where people look for them.
-_checkout = Path(__file__).parents[2] / "configs"
-if (_checkout / "base.py").is_file():
-    __path__.append(str(_checkout))
+FOLDER = Path(__file__).parents[2] / "configs"
+if not (FOLDER / "base.py").is_file():
+    FOLDER = Path(__file__).parent
+__path__ = [str(FOLDER)]

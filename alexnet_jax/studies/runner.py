@@ -1,4 +1,4 @@
-"""A study: every arm with every seed, each a run in a folder of its own. Several machines may share the study's folder."""
+"""A study: every arm with every seed, each a run in a folder of its own; several machines may share the study's."""
 
 import math
 import re

@@ -7,17 +7,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import chex
 import filelock
+import jax
 import pandas as pd
 import pytest
 from ml_collections import ConfigDict
-from support import TINY, run_config
 
+from alexnet_jax import train
 from alexnet_jax.config import as_json
 from alexnet_jax.configs import ablation_lrn
+from alexnet_jax.data.loader import train_batches
 from alexnet_jax.run_dir import RunDir, StudyDir, read_json, write_json, write_text
 from alexnet_jax.studies import analysis, runner
 from alexnet_jax.tools import summary
+from support import TINY, run_config
 
 
 def tiny_study(**changes: Any) -> ConfigDict:
@@ -208,7 +212,9 @@ def test_arm_chooses_only_after_its_last_trial(trained: list[tuple[str, Path]], 
         ({"tuning.metric": "eval/top1_error"}, "tuning.metric='eval/top1_error': must be one of validation/top1_error"),
     ],
 )
-def test_study_that_cannot_tune_raises(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_study_that_cannot_tune_raises(
+    changes: dict[str, Any], message: str, trained: list[tuple[str, Path]], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         runner.run_study(tuned_study(1.0, **changes), tmp_path / "study")
     assert not (tmp_path / "study").exists()
@@ -231,13 +237,14 @@ def test_run_of_another_process_is_left_alone_until_that_ends(
     lock = tmp_path / "no_lrn" / ".seed_0.lock"
     lock.parent.mkdir()
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        assert runner.run_study(config, tmp_path, only=["lrn", "no_lrn"]) == []
-        assert [arm for arm, _ in trained] == ["lrn"]
-        assert "being run by another process: no_lrn, seed 0" in capsys.readouterr().out
-        holder.kill()
-        holder.wait()
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            assert runner.run_study(config, tmp_path, only=["lrn", "no_lrn"]) == []
+        finally:
+            holder.kill()
+    assert [arm for arm, _ in trained] == ["lrn"]
+    assert "being run by another process: no_lrn, seed 0" in capsys.readouterr().out
     runner.run_study(config, tmp_path, only=["lrn", "no_lrn"])
     assert [arm for arm, _ in trained] == ["lrn", "no_lrn"]
 
@@ -322,3 +329,17 @@ def test_arms_of_a_seed_run_together() -> None:
     assert runs[1].config.seed == 3
     assert runs[1].labels["model.lrn.enabled"] is False
     assert runs[0].labels["model.lrn.enabled"] is True  # a label wherever some arm differs
+
+
+def test_arms_of_a_seed_start_alike_and_see_the_same_images() -> None:
+    """Paired by seed, arms differ in what they change and in nothing else."""
+
+    def start(run: runner.Run) -> tuple[Any, list[Any]]:
+        setup = train.open_run(run.config)
+        batches = train_batches(setup.dataset.train, run.config, seed=run.seed, start=0, stop=3)
+        return train.init_state(setup).params, list(batches)
+
+    lrn, no_lrn, lrn_of_another_seed, _ = map(start, runner.plan(tiny_study(seeds=(0, 1)), Path(), ["lrn", "no_lrn"]))
+    chex.assert_trees_all_equal(lrn, no_lrn)
+    for ours, others in zip(lrn, lrn_of_another_seed, strict=True):
+        assert any((one != other).any() for one, other in zip(*map(jax.tree.leaves, (ours, others)), strict=True))
