@@ -32,15 +32,11 @@ Predictor = Callable[[Any, Statistics, Any], jax.Array]
 
 
 def per_example_metrics(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> dict[str, jax.Array]:
-    """Return the cross-entropy (nats) and the top-1 and top-5 errors (0 or 1) of each example.
+    """Return the "loss", cross-entropy in nats, and the "top1_error" and "top5_error", 0 or 1, of each example.
 
     Args:
       logits: float32 (batch, classes).
-      labels: int (batch,).
       label_smoothing: probability that the target distribution of the loss spreads evenly over all classes.
-
-    Returns:
-      {"loss", "top1_error", "top5_error"}, each float32 (batch,).
     """
     classes = logits.shape[-1]
     _, best = lax.top_k(logits, min(5, classes))
@@ -66,11 +62,6 @@ def make_predictor(config: ConfigDict, classes: int, executor: Executor) -> Pred
 
     It averages probabilities over ``eval.views`` views of each image (paper, section 4.1), one view at a time. Runs
     that differ in seed, optimiser or training only share one compiled function.
-
-    Args:
-      config: a run's config.
-      classes: number of classes.
-      executor: where to run it; variables have its leading tower axis.
     """
     key = FrozenConfigDict({section: config[section] for section in ("model", "data", "eval")})
     return _make_predictor(key, classes, executor)
@@ -94,9 +85,8 @@ def _make_predictor(config: FrozenConfigDict, classes: int, executor: Executor) 
 def map_over_batch(function: Callable[[Any, Statistics, jax.Array], jax.Array], executor: Executor) -> Predictor:
     """Compile a per-tower function of (variables, statistics, images) for batches of any size.
 
-    Args:
-      function: its result has a leading batch axis and is the same on every tower.
-      executor: where to run it. Each data shard computes its slice of the batch, zero-padded to equal slices.
+    Its result must have a leading batch axis and be the same on every tower. Each data shard computes its slice of the
+    batch, zero-padded to equal slices.
     """
     mapped = executor.map(function, in_axes=(TOWER, None, DATA), out_axes=DATA)
 
@@ -112,17 +102,11 @@ def map_over_batch(function: Callable[[Any, Statistics, jax.Array], jax.Array], 
 
 
 class Outcomes(NamedTuple):
-    """Metrics and predictions of each image of a source, in its order.
+    """Metrics and predictions of each image of a source, in its order: arrays (images,)."""
 
-    Attributes:
-      metrics: those of ``per_example_metrics``, each (images,).
-      labels: correct classes (images,).
-      predicted: most probable classes (images,).
-    """
-
-    metrics: dict[str, np.ndarray]
-    labels: np.ndarray
-    predicted: np.ndarray
+    metrics: dict[str, np.ndarray]  # those of ``per_example_metrics``
+    labels: np.ndarray  # correct classes
+    predicted: np.ndarray  # most probable classes
 
     def means(self) -> dict[str, float]:
         """Return the mean of each metric over all images."""
@@ -130,16 +114,7 @@ class Outcomes(NamedTuple):
 
 
 def evaluate(predictions: Sequence[Callable[[Any], jax.Array]], source: Source, config: ConfigDict) -> Outcomes:
-    """Evaluate the mean of the probabilities of one or more networks on every image of a source.
-
-    Args:
-      predictions: functions from uint8 images (batch, size, size, channels) to logits (batch, classes).
-      source: images and labels.
-      config: a run's config, for the sizes of images and batches.
-
-    Raises:
-      RuntimeError: an image was missed or counted twice.
-    """
+    """Evaluate the mean of the probabilities of networks, which turn images into logits, on all images of a source."""
     parts: list[Any] = []
     for batch in loader.all_batches(source, config, config.eval.batch_size):
         logits = np.stack([predict(batch["image"]) for predict in predictions])
@@ -161,13 +136,11 @@ def evaluate_runs(run_dirs: Sequence[Path], *, views: int | None = None, data_di
     """Evaluate trained networks on the held-out images, each alone and, for several, their ensemble.
 
     Args:
-      run_dirs: folders of runs.
       views: 1 or 10 per image; None: as the first run's config.
       data_dir: folder of datasets; None: as the first run's config.
 
     Returns:
-      "data", "split", "images" (their number), "views" and "errors": {run or "average": {"loss" (nats), "top1_error",
-      "top5_error" (fractions of 1)}}.
+      "data", "split", number of "images", "views" and "errors": {run or "average": `Outcomes.means`}.
 
     Raises:
       ValueError: a folder holds no run with a checkpoint, or the runs are of different images.

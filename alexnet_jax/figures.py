@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,11 +23,8 @@ ERRORS_SHOWN = 25
 def filter_grid(filters: np.ndarray) -> np.ndarray:
     """Arrange filters as in the paper's figure 3: the first tower's in the upper rows, the next one's below.
 
-    Args:
-      filters: (towers, height, width, channels, features) with 1 or 3 channels.
-
-    Returns:
-      RGB image (height, width, 3) from 0 to 1. Each filter is scaled to its own largest value; grey is zero.
+    Filters (towers, height, width, 1 or 3 channels, features) give an RGB image (height, width, 3) from 0 to 1. Each
+    filter is scaled to its own largest value; grey is zero.
     """
     towers, height, width, _, features = filters.shape
     columns = min(features, 16)
@@ -42,13 +39,9 @@ def filter_grid(filters: np.ndarray) -> np.ndarray:
 
 
 def colour_fractions(filters: np.ndarray) -> np.ndarray:
-    """Return the fraction of each filter's energy (sum of squares) off the grey axis.
+    """Return the fraction of each filter's energy (sum of squares) off the grey axis, (towers, features).
 
-    Args:
-      filters: (towers, height, width, 3, features).
-
-    Returns:
-      (towers, features) from 0 (grey) to 1; 2/3 on average for noise.
+    It is 0 for grey and 2/3 on average for noise.
     """
     grey = filters.sum(axis=3) ** 2 / filters.shape[3]
     energy = (filters**2).sum(axis=(1, 2, 3))
@@ -58,13 +51,9 @@ def colour_fractions(filters: np.ndarray) -> np.ndarray:
 def colour_metrics(filters: np.ndarray) -> dict[str, float]:
     """Measure how colour-specific the filters are, and whether one of two towers is more so (paper, section 6.1).
 
-    Args:
-      filters: (towers, height, width, channels, features).
-
-    Returns:
-      Nothing for grey images. Otherwise ``colour/share``, the mean of ``colour_fractions``. With two towers also
-      ``colour/difference``, the absolute difference of the towers' means, and ``colour/excess``, that difference less
-      its mean over ``SHUFFLES`` random assignments of the same filters to the towers.
+    ``colour/share`` is the mean of ``colour_fractions``. For two towers, ``colour/difference`` is the absolute
+    difference of their means, and ``colour/excess`` that difference less its mean over ``SHUFFLES`` random assignments
+    of the same filters to the towers. Filters of grey images have no metrics.
     """
     if filters.shape[3] != 3:
         return {}
@@ -81,33 +70,19 @@ def colour_metrics(filters: np.ndarray) -> dict[str, float]:
 
 
 class Prediction(NamedTuple):
-    """A network's prediction for one image file.
+    """A network's prediction for one image file."""
 
-    Attributes:
-      image: uint8 (size, size, channels), as the network receives it.
-      truth: correct class, if the file's folder is named after a class; else None.
-      classes: names of the (at most) five most probable classes, in descending order.
-      probabilities: of these classes.
-      neighbours: images and class names of the nearest held-out images, nearest first.
-    """
-
-    image: np.ndarray
-    truth: str | None
-    classes: list[str]
-    probabilities: np.ndarray
-    neighbours: list[tuple[np.ndarray, str]]
+    image: np.ndarray  # uint8 (size, size, channels), as the network receives it
+    truth: str | None  # correct class, if the file's folder is named after a class
+    classes: list[str]  # the (at most) five most probable ones, in descending order
+    probabilities: np.ndarray  # of these classes
+    neighbours: list[tuple[np.ndarray, str]]  # images and class names of the nearest held-out images, nearest first
 
 
 def confident_errors(outcomes: "Outcomes", dataset: "Dataset", size: int) -> np.ndarray:
-    """Draw the misclassified held-out images of the highest loss, with correct and predicted class.
+    """Draw the misclassified images of ``dataset.evaluation`` with the highest loss, and their classes.
 
-    Args:
-      outcomes: those of ``dataset.evaluation``.
-      dataset: images and class names.
-      size: side of the images, in pixels.
-
-    Returns:
-      RGB image (height, width, 3) from 0 to 1.
+    Images have sides of ``size`` pixels; the result is an RGB image (height, width, 3) from 0 to 1.
     """
     wrong = np.flatnonzero(outcomes.metrics["top1_error"])
     worst = wrong[np.argsort(-outcomes.metrics["loss"][wrong], kind="stable")][:ERRORS_SHOWN]
@@ -137,14 +112,12 @@ def render(figure: Figure) -> np.ndarray:
 def figure_4(predictions: Sequence[Prediction]) -> Figure:
     """Draw the paper's figure 4: a row per image with the image, its most probable classes and its neighbours.
 
-    The bar of the correct class, if known, has another colour.
+    The bar of the correct class, if known, has another colour. All images have equally many neighbours.
     """
-    columns = 2 + max(len(prediction.neighbours) for prediction in predictions)
-    widths = [1.0, 1.6] + [1.0] * (columns - 2)
+    widths = [1.0, 1.6] + [1.0] * len(predictions[0].neighbours)
     figure = Figure(figsize=(1.6 * sum(widths), 1.7 * len(predictions)), layout="constrained")
-    grid = figure.add_gridspec(len(predictions), columns, width_ratios=widths)
-    for row, prediction in enumerate(predictions):
-        image, bars = (figure.add_subplot(grid[row, column]) for column in (0, 1))
+    grid: Any = figure.subplots(len(predictions), len(widths), squeeze=False, width_ratios=widths)
+    for (image, bars, *others), prediction in zip(grid, predictions, strict=True):
         _show(image, prediction.image, prediction.truth or "")
         places = range(len(prediction.classes))
         colours = ["C3" if name == prediction.truth else "C0" for name in prediction.classes]
@@ -153,8 +126,8 @@ def figure_4(predictions: Sequence[Prediction]) -> Figure:
             bars.text(0.02, place, name, va="center", fontsize=9, parse_math=False)
         bars.invert_yaxis()
         bars.set(xlim=(0, 1), xticks=[], yticks=[])
-        for column, (neighbour, name) in enumerate(prediction.neighbours, 2):
-            _show(figure.add_subplot(grid[row, column]), neighbour, name)
+        for axes, neighbour in zip(others, prediction.neighbours, strict=True):
+            _show(axes, *neighbour)
     return figure
 
 
@@ -164,10 +137,8 @@ def save(figure: Figure, file: Path) -> None:
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def _show(
-    axes: Axes, image: np.ndarray, title: str = "", extent: tuple[float, float, float, float] | None = None
-) -> None:
-    """Draw a uint8 image, grey or RGB, without ticks; extent: left, right, bottom, top in units of the axes."""
-    axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, extent=extent)
+def _show(axes: Axes, image: np.ndarray, title: str = "", **options: Any) -> None:
+    """Draw a uint8 image, grey or RGB, without ticks; with options of `Axes.imshow`."""
+    axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, **options)
     axes.set_title(title, fontsize=9, parse_math=False)
     axes.set_axis_off()

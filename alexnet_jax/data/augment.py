@@ -5,33 +5,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.parallel import per_example
 
+Images = jax.Array | np.ndarray  # uint8 (batch, image_size, image_size, channels)
+
 
 class View(NamedTuple):
-    """A square crop of an image. Each field is one value, or one for each image of a batch.
+    """A square crop of an image: first row and column, in pixels. A field may have one value for each image."""
 
-    Attributes:
-      top: first row, in pixels.
-      left: first column, in pixels.
-      flipped: whether the crop is mirrored horizontally.
-    """
-
-    top: jax.typing.ArrayLike
-    left: jax.typing.ArrayLike
-    flipped: jax.typing.ArrayLike
+    top: ArrayLike
+    left: ArrayLike
+    flipped: ArrayLike  # horizontally
 
 
 def evaluation_views(count: int, image_size: int, crop: int) -> list[View]:
-    """Return the views to average over at test time (paper, section 4.1).
+    """Return the views to average over at test time (paper, section 4.1); sizes are sides, in pixels.
 
-    Args:
-      count: 1 (the centre) or 10 (the four corners and the centre, then the mirror images of these five).
-      image_size: side of the images, in pixels.
-      crop: side of the views, in pixels.
+    One view is the centre; ten are the four corners and the centre, then the mirror images of these five.
     """
     border = image_size - crop
     centre = View(border // 2, border // 2, False)
@@ -41,41 +35,25 @@ def evaluation_views(count: int, image_size: int, crop: int) -> list[View]:
     return five + [view._replace(flipped=True) for view in five]
 
 
-def inputs(images: jax.Array | np.ndarray, view: View, data_config: ConfigDict, statistics: Statistics) -> jax.Array:
-    """Return the network's input: a view of each image, minus the mean, divided by `data.std`.
-
-    Args:
-      images: uint8 (batch, image_size, image_size, channels).
-      view: the crop.
-      data_config: a config's `data` section.
-      statistics: of the training images.
-
-    Returns:
-      float32 (batch, crop, crop, channels).
-    """
+def inputs(images: Images, view: View, data_config: ConfigDict, statistics: Statistics) -> jax.Array:
+    """Return the network's input: a view of each image, minus the mean, divided by `data.std`; float32."""
     return _crop_and_subtract(images, view, data_config, statistics) / jnp.array(data_config.std)
 
 
 def random_inputs(
-    images: jax.Array | np.ndarray,
+    images: Images,
     positions: jax.Array,
     data_config: ConfigDict,
     statistics: Statistics,
     key: jax.Array,
-    noise_on: jax.typing.ArrayLike = True,
+    noise_on: ArrayLike = True,
 ) -> jax.Array:
     """Return training input (paper, section 4.1): random crops, horizontal flips and colour noise.
 
     Args:
-      images: uint8 (batch, image_size, image_size, channels).
       positions: int (batch,), of the images in the global batch; with the key, they determine the random numbers.
-      data_config: a config's `data` section.
-      statistics: of the training images.
       key: the step's random key.
       noise_on: bool scalar, whether to add colour noise at this step.
-
-    Returns:
-      float32 (batch, crop, crop, channels).
     """
     crop_key, flip_key, colour_key = jax.random.split(key, 3)
     augment = data_config.augment
@@ -98,18 +76,10 @@ def random_inputs(
 
 
 def _colour_noise(colour_config: ConfigDict, statistics: Statistics, key: jax.Array) -> jax.Array:
-    """Sample what is added to all pixels of an image: normal along each principal axis of the colours.
+    """Sample what is added to all pixels of an image, (3,) grey levels: normal along each principal colour axis.
 
     The paper's text (section 4.1) scales the normal number by the axis's eigenvalue, a variance, which depends on the
     unit of the pixels; the 2012 code scales it by the standard deviation.
-
-    Args:
-      colour_config: a config's `data.augment.colour` section.
-      statistics: of the training images.
-      key: the image's random key.
-
-    Returns:
-      float32 (3,), grey levels.
     """
     scales = statistics.deviations
     if colour_config.eigenvalue_unit is not None:
@@ -117,17 +87,15 @@ def _colour_noise(colour_config: ConfigDict, statistics: Statistics, key: jax.Ar
     return (colour_config.noise * jax.random.normal(key, (3,)) * scales) @ statistics.axes
 
 
-def _crop_and_subtract(
-    images: jax.Array | np.ndarray, view: View, data_config: ConfigDict, statistics: Statistics
-) -> jax.Array:
+def _crop_and_subtract(images: Images, view: View, data_config: ConfigDict, statistics: Statistics) -> jax.Array:
     """Return the views of the images, minus the mean."""
     batch, *_, channels = images.shape
     size = (data_config.crop, data_config.crop, channels)
     (centre,) = evaluation_views(1, data_config.image_size, data_config.crop)
     central_mean = jax.lax.dynamic_slice(statistics.mean, (centre.top, centre.left, 0), size)
 
-    def crop_one(image: jax.Array | np.ndarray, top: jax.Array, left: jax.Array, flipped: jax.Array) -> jax.Array:
-        def crop(array: jax.Array | np.ndarray) -> jax.Array:
+    def crop_one(image: Images, top: jax.Array, left: jax.Array, flipped: jax.Array) -> jax.Array:
+        def crop(array: Images) -> jax.Array:
             square = jax.lax.dynamic_slice(array, (top, left, 0), size)
             return jnp.where(flipped, square[:, ::-1], square)
 

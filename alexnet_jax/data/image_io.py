@@ -1,4 +1,4 @@
-"""Image files of any format to square uint8 images, and back to JPEG or PNG."""
+"""Image files of any format to square uint8 images, and back to JPEG or PNG. Unreadable files raise OSError."""
 
 import contextlib
 import io
@@ -8,23 +8,13 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 JPEG_QUALITY = 90
+RESAMPLING = Image.Resampling.BICUBIC
 _COLOUR_SPACES = {1: "GRAY", 3: "RGB"}  # by channels
 Image.MAX_IMAGE_PIXELS = None  # the images are the user's own, however large
 
 
 def decode(content: bytes, channels: int) -> np.ndarray:
-    """Decode an image file, turned upright.
-
-    Args:
-      content: the file, in any format that Pillow reads.
-      channels: 1 (grey) or 3 (RGB).
-
-    Returns:
-      uint8 (height, width, channels).
-
-    Raises:
-      OSError: it cannot be read as an image.
-    """
+    """Decode an image file of any format that Pillow reads, upright, to uint8 (height, width, 1 or 3 channels)."""
     if _is_jpeg_without_exif(content):
         with contextlib.suppress(ValueError):  # CMYK, for example: Pillow reads it, or says what is wrong
             return simplejpeg.decode_jpeg(content, _COLOUR_SPACES[channels])
@@ -33,14 +23,9 @@ def decode(content: bytes, channels: int) -> np.ndarray:
 
 
 def decode_into(array: np.ndarray, image: np.ndarray | bytes) -> None:
-    """Write an image, resized and cropped, into an array; a JPEG of that size is decoded in place.
+    """Write an image or image file, resized and cropped, into a uint8 array (size, size, channels).
 
-    Args:
-      array: uint8 (size, size, channels), overwritten.
-      image: an array as of `resize_and_crop`, or an image file.
-
-    Raises:
-      OSError: it cannot be read as an image.
+    A JPEG of that size is decoded in place.
     """
     if isinstance(image, bytes):
         size, _, channels = array.shape
@@ -56,32 +41,24 @@ def decode_into(array: np.ndarray, image: np.ndarray | bytes) -> None:
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     """Scale the shorter side to `size` pixels and crop the central square (paper, section 2).
 
-    Args:
-      image: uint8 (height, width, channels); 1 or 3 channels.
-      size: side of the result, in pixels.
-
-    Returns:
-      uint8 (size, size, channels); the same array if it has this size already.
+    Images are uint8 (height, width, 1 or 3 channels); one that has this size already is returned itself.
     """
     if image.shape[:2] == (size, size):
         return image
     pillow_image = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-    return np.asarray(_resize_and_crop(pillow_image, size)).reshape(size, size, -1)
+    return np.asarray(ImageOps.fit(pillow_image, (size, size), RESAMPLING)).reshape(size, size, -1)
 
 
 def encode_jpeg(content: bytes, size: int) -> bytes:
     """Convert an image file to an RGB JPEG, resized and cropped as by `resize_and_crop`.
 
     The image is turned upright, transparency becomes white, and 16 bits become 8. A JPEG of this size is kept as it is.
-
-    Raises:
-      OSError: it cannot be read as an image, or is damaged.
     """
     image = _open_upright(content, min_size=2 * size)
     if image.format == "JPEG" and image.mode == "RGB" and image.size == (size, size):
         return content
     jpeg = io.BytesIO()
-    _resize_and_crop(image.convert("RGB"), size).save(jpeg, "JPEG", quality=JPEG_QUALITY)
+    ImageOps.fit(image.convert("RGB"), (size, size), RESAMPLING).save(jpeg, "JPEG", quality=JPEG_QUALITY)
     return jpeg.getvalue()
 
 
@@ -97,21 +74,10 @@ def _is_jpeg_without_exif(content: bytes) -> bool:
     return content.startswith(b"\xff\xd8") and content.find(b"Exif\0\0", 0, 4096) < 0
 
 
-def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-
-
 def _open_upright(content: bytes, min_size: int = 0) -> Image.Image:
-    """Open an image file as an upright 8-bit image without transparency.
+    """Open an image file as an upright 8-bit image without transparency; its `format` is None if pixels were changed.
 
-    The result has a `format` only if the stored pixels needed no change.
-
-    Args:
-      content: the file.
-      min_size: pixels; if not 0, a large JPEG may be decoded at a reduced scale with sides of at least this, which is
-        faster.
+    With a `min_size`, a large JPEG may be decoded at a reduced scale with sides of at least this, which is faster.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
@@ -133,6 +99,5 @@ def _open_upright(content: bytes, min_size: int = 0) -> Image.Image:
         raise OSError("pixels must be integers, not floats, whose white level is unknown; save as 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image

@@ -10,24 +10,14 @@ from ml_collections import ConfigDict
 from alexnet_jax.data import image_io
 from alexnet_jax.data.datasets import Source
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]  # "image": uint8 (batch, image_size, image_size, channels), "label": int32 (batch,)
 
 
 def train_batches(source: Source, config: ConfigDict, *, seed: int, start: int, stop: int) -> Iterator[Batch]:
-    """Iterate over the training batches of steps `start` (inclusive) to `stop` (exclusive).
+    """Iterate over the training batches of the 0-based steps `start` (inclusive) to `stop` (exclusive).
 
     A step's images depend on the seed and the step alone. Each epoch is a new permutation of the training set; a batch
     may span the end of one epoch and the beginning of the next.
-
-    Args:
-      source: training examples.
-      config: a run's config.
-      seed: seed of the permutations.
-      start: first step (0-based).
-      stop: step after the last one.
-
-    Yields:
-      {"image": uint8 (batch, image_size, image_size, channels), "label": int32 (batch,)}
     """
 
     def positions(step: int) -> np.ndarray:
@@ -41,16 +31,7 @@ def train_batches(source: Source, config: ConfigDict, *, seed: int, start: int, 
 
 
 def all_batches(source: Source, config: ConfigDict, size: int) -> Iterator[Batch]:
-    """Iterate over every image once, in order, in batches of `size`; the last batch is padded with zeros.
-
-    Args:
-      source: examples.
-      config: a run's config.
-      size: images per batch.
-
-    Yields:
-      Batches as of `train_batches`, and "mask": bool (size,), False for padding.
-    """
+    """Iterate over every image once, in order, in batches of `size` with "mask": bool, False for padding with zeros."""
     positions = [np.arange(first, min(first + size, len(source))) for first in range(0, len(source), size)]
     for batch in _read_ahead(source, grain.MapDataset.source(positions), config.data):
         count = len(batch["label"])
@@ -68,14 +49,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def read(source: Source, positions: np.ndarray, size: int) -> Batch:
-    """Read examples, resized and cropped to `size` x `size` pixels.
-
-    Returns:
-      {"image": uint8 (count, size, size, channels), "label": int32 (count,)}
-
-    Raises:
-      ValueError: an image is damaged.
-    """
+    """Read examples, resized and cropped to `size` x `size` pixels; raise ValueError if an image is damaged."""
     images = np.empty((len(positions), size, size, source.channels), np.uint8)
     labels = np.empty(len(positions), np.int32)
     for index, position in enumerate(positions):

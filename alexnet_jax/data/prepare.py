@@ -15,7 +15,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,6 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
     VERSION = tfds.core.Version(datasets.PREPARED_VERSION)
 
     def __init__(self, raw: RawDataset, size: int, data_dir: str, skip_bad: bool, progress: Progress):
-        """
-        Args:
-          raw: the images.
-          size: side of the stored images, in pixels.
-          data_dir: as for `prepare`.
-          skip_bad: as for `prepare`.
-          progress: where to show the number of images read.
-        """
         self.name = raw.name
         self._raw, self._size, self._skip_bad, self._progress = raw, size, skip_bad, progress
         self._bad: list[str] = []
@@ -52,13 +44,11 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
 
     def _info(self) -> tfds.core.DatasetInfo:
         encoding = "jpeg" if self._raw.size is None else "png"
-        features = {
-            "image": tfds.features.Image(shape=(self._size, self._size, 3), encoding_format=encoding),
-            "label": tfds.features.ClassLabel(names=self._raw.class_names),
-        }
+        image = tfds.features.Image(shape=(self._size, self._size, 3), encoding_format=encoding)
+        label = tfds.features.ClassLabel(names=self._raw.class_names)
         return tfds.core.DatasetInfo(
             builder=self,
-            features=tfds.features.FeaturesDict(features),
+            features=tfds.features.FeaturesDict({"image": image, "label": label}),
             supervised_keys=("image", "label"),
             metadata=tfds.core.MetadataDict(),
         )
@@ -67,9 +57,11 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         return {split: self._generate_examples(split) for split in self._raw.counts}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        task = self._progress.add_task(split, total=self._raw.counts[split])
+        count, total = 0, self._raw.counts[split]
+        task = self._progress.add_task(split, total=total)
         missing = set(range(len(self._raw.class_names)))
-        for image, encoded in _encode_ahead(self._encode, self._raw.read(split)):
+        for image, encoded in self._encode_ahead(split):
+            count += 1
             self._progress.advance(task)
             try:
                 content = encoded.result()
@@ -79,53 +71,46 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
             else:
                 missing.discard(image.label)
                 yield image.key, {"image": io.BytesIO(content), "label": image.label}
-        if missing and (self._skip_bad or not self._bad):
+        if count != total:
+            raise ValueError(f"{self.name}: must have {total} images for {split}, but has {count}; download it again")
+        refused = self._bad and not self._skip_bad
+        if missing and not refused:
             class_names = ", ".join(self._raw.class_names[label] for label in sorted(missing))
             raise ValueError(
                 f"{self.name}: every class must have a readable image in every split, but {split} has none of "
                 f"{class_names}; add images, or delete these classes in every split"
             )
-        if split == list(self._raw.counts)[-1]:
-            if self._bad and not self._skip_bad:
-                lines = "\n".join(self._bad)
-                raise ValueError(
-                    f"{self.name}: every file must be an image, but {len(self._bad)} cannot be read; repair or remove "
-                    f"them, or give --skip_bad:\n{lines}"
-                )
-            self.info.metadata["bad_images"] = len(self._bad)
+        if refused and split == list(self._raw.counts)[-1]:  # all bad images are named at once
+            raise ValueError(
+                f"{self.name}: every file must be an image, but {len(self._bad)} cannot be read; repair or remove "
+                "them, or give --skip_bad:\n" + "\n".join(self._bad)
+            )
+        self.info.metadata["bad_images"] = len(self._bad)
 
-    def _encode(self, image: RawImage) -> bytes:
-        content = image.content
+    def _encode_ahead(self, split: str) -> Iterator[tuple[RawImage, Future[bytes]]]:
+        """Yield every image with its encoded bytes, in order, encoded ahead by one thread per core."""
+        workers = os.cpu_count() or 1
+        waiting: collections.deque[tuple[RawImage, Future[bytes]]] = collections.deque()
+        with ThreadPoolExecutor(workers) as pool:
+            for image in self._raw.read(split):
+                waiting.append((image, pool.submit(self._encode, image.content)))
+                if len(waiting) > 4 * workers:
+                    yield waiting.popleft()
+            yield from waiting
+
+    def _encode(self, content: Path | bytes | np.ndarray) -> bytes:
         if isinstance(content, np.ndarray):
             return image_io.encode_png(content)
         return image_io.encode_jpeg(content.read_bytes() if isinstance(content, Path) else content, self._size)
 
 
-def _encode_ahead(
-    encode: Callable[[RawImage], bytes], images: Iterator[RawImage]
-) -> Iterator[tuple[RawImage, Future[bytes]]]:
-    """Yield every image with its encoded bytes, in order, encoded ahead by one thread per core."""
-    workers = os.cpu_count() or 1
-    waiting: collections.deque[tuple[RawImage, Future[bytes]]] = collections.deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for image in images:
-            waiting.append((image, pool.submit(encode, image)))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft()
-        yield from waiting
-
-
 def prepare(raw: RawDataset, size: int, data_dir: str = "", *, skip_bad: bool = False) -> Path:
-    """Prepare a dataset, completely or not at all; leave an existing one unchanged.
+    """Prepare a dataset, completely or not at all, and return its folder; leave an existing one unchanged.
 
     Args:
-      raw: the images.
       size: side of the stored images in pixels, unless `raw` has its own.
       data_dir: folder of all datasets; empty: TFDS's default.
       skip_bad: whether to leave out images that cannot be read, and count them in the dataset's metadata.
-
-    Returns:
-      The folder of the dataset.
 
     Raises:
       ValueError: an image cannot be read, a class has no readable image, or the raw dataset is incomplete.
@@ -139,8 +124,8 @@ def prepare(raw: RawDataset, size: int, data_dir: str = "", *, skip_bad: bool = 
         shutil.rmtree(incomplete)
     tfds.disable_progress_bar()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(file=sys.stdout)
-    with Progress(*columns, console=console, disable=not sys.stdout.isatty(), redirect_stdout=False) as progress:
+    console, hidden = Console(file=sys.stdout), not sys.stdout.isatty()
+    with Progress(*columns, console=console, disable=hidden, redirect_stdout=False) as progress:
         builder = Prepared(raw, size, data_dir, skip_bad, progress)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads something
@@ -154,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command line."""
     parser.add_argument("source", metavar="NAME|FOLDER")
     parser.add_argument("--data_dir", default="", help="folder of all datasets (default: TFDS's default)")
-    parser.add_argument("--manual_dir", default="", help="folder of archives (default: downloads/manual in --data_dir)")
+    parser.add_argument("--manual_dir", type=Path, help="folder of archives (default: downloads/manual in --data_dir)")
     parser.add_argument("--size", type=int, default=256, help="side of the stored images in pixels (default: 256)")
     parser.add_argument("--skip_bad", action="store_true", help="leave out images that cannot be read")
 
@@ -165,9 +150,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--size={arguments.size}: must be at least 1; the paper has 256")
     root = datasets.root(arguments.data_dir)
     try:
-        raw = _raw_dataset(
-            arguments.source, arguments.data_dir, Path(arguments.manual_dir or root / "downloads/manual")
-        )
+        raw = _raw_dataset(arguments.source, arguments.data_dir, arguments.manual_dir or root / "downloads/manual")
         if raw is None:
             print(f"{arguments.source}: prepared by TFDS; its images are of one size and stay unchanged")
             return
@@ -180,8 +163,8 @@ def main(arguments: argparse.Namespace) -> None:
     info = tfds.builder_from_directory(target).info
     counts = ", ".join(f"{split} {split_info.num_examples:,}" for split, split_info in info.splits.items())
     bad = (info.metadata or {}).get("bad_images", 0)
-    overrides = {"name": raw.name, "eval_split": next((split for split in info.splits if split != "train"), "")}
-    overrides["data_dir"] = arguments.data_dir
+    eval_split = next((split for split in info.splits if split != "train"), "")
+    overrides = {"name": raw.name, "eval_split": eval_split, "data_dir": arguments.data_dir}
     flags = " ".join(f"--config.data.{key}={value}" for key, value in overrides.items() if value)
     skipped = f"; {bad} images cannot be read and are left out" if bad else ""
     print(f"{target}: {counts} images of {len(raw.class_names)} classes{skipped}\ntrain on it with {flags}")

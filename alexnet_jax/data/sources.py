@@ -1,4 +1,7 @@
-"""Raw datasets, before preparation: image folders, archives of CIFAR and ImageNet, the TFDS catalogue."""
+"""Raw datasets, before preparation: image folders, archives of CIFAR and ImageNet, the TFDS catalogue.
+
+All functions raise ValueError for raw data that are missing, incomplete or damaged.
+"""
 
 import contextlib
 import importlib.util
@@ -21,44 +24,26 @@ IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
 
 
 class RawImage(NamedTuple):
-    """One image before preparation.
+    """One image before preparation."""
 
-    Attributes:
-      key: unique name, independent of where the images are; it determines the stored order.
-      label: class, from 0.
-      content: path or bytes of an image file, or a uint8 (height, width, 3) image.
-    """
-
-    key: str
+    key: str  # unique and independent of where the images are; it determines the stored order
     label: int
-    content: Path | bytes | np.ndarray
+    content: Path | bytes | np.ndarray  # path or bytes of an image file, or a uint8 (height, width, 3) image
 
 
 @dataclass(frozen=True)
 class RawDataset:
-    """Images to prepare a dataset from.
-
-    Attributes:
-      name: name of the dataset.
-      class_names: names in the order of the labels.
-      counts: number of images by split.
-      read: iterates over the images of a split.
-      size: side of the images in pixels if they are stored unchanged; None for photos of any size.
-    """
+    """Images to prepare a dataset from."""
 
     name: str
-    class_names: list[str]
-    counts: dict[str, int]
-    read: Callable[[str], Iterator[RawImage]]
-    size: int | None = None
+    class_names: list[str]  # in the order of the labels
+    counts: dict[str, int]  # images by split
+    read: Callable[[str], Iterator[RawImage]]  # iterates over the images of a split
+    size: int | None = None  # side of the images in pixels if they are stored unchanged; None for photos of any size
 
 
 def folder(path: Path) -> RawDataset:
-    """Return the images in `path/train/CLASS/` and `path/val/CLASS/` or `path/test/CLASS/`, but hidden files.
-
-    Raises:
-      ValueError: a folder is missing, empty or unreadable, or a class is not in all splits.
-    """
+    """Return the images in `path/train/CLASS/` and `path/val/CLASS/` or `path/test/CLASS/`, but hidden files."""
     folders = {name: path / name for name in _list_names(path) if name == "train" or name in HELD_OUT_SPLITS}
     if "train" not in folders or len(folders) < 2:
         raise ValueError(
@@ -93,11 +78,7 @@ def folder(path: Path) -> RawDataset:
 
 
 def _list_names(directory: Path) -> list[str]:
-    """Return the sorted names in a folder, without hidden files.
-
-    Raises:
-      ValueError: it cannot be read, or is empty.
-    """
+    """Return the sorted names in a folder, without hidden files; raise ValueError if it is unreadable or empty."""
     try:
         names = sorted(child.name for child in directory.iterdir() if not child.name.startswith("."))
     except OSError as error:
@@ -108,24 +89,13 @@ def _list_names(directory: Path) -> list[str]:
 
 
 def cifar(classes: int, manual_dir: Path) -> RawDataset:
-    """Return CIFAR-10 or CIFAR-100, read from the archive of its binary version.
-
-    Args:
-      classes: 10 or 100.
-      manual_dir: the archive's folder.
-
-    Raises:
-      ValueError: the archive is missing or incomplete.
-    """
-    inner_folder, names_file, files = {
-        10: (
-            "cifar-10-batches-bin",
-            "batches.meta.txt",
-            {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]},
-        ),
-        100: ("cifar-100-binary", "fine_label_names.txt", {"train": ["train.bin"], "test": ["test.bin"]}),
-    }[classes]
-    label_bytes = {10: 1, 100: 2}[classes]  # CIFAR-100 has a coarse label before the fine one
+    """Return CIFAR-10 or CIFAR-100, read from the archive of its binary version in `manual_dir`."""
+    if classes == 10:
+        inner_folder, names_file, label_bytes = "cifar-10-batches-bin", "batches.meta.txt", 1
+        files = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
+    else:  # CIFAR-100 has a coarse label before the fine one
+        inner_folder, names_file, label_bytes = "cifar-100-binary", "fine_label_names.txt", 2
+        files = {"train": ["train.bin"], "test": ["test.bin"]}
     archive = _archive(manual_dir / f"cifar-{classes}-binary.tar.gz", "from www.cs.toronto.edu/~kriz/cifar.html")
 
     def read_members(*names: str) -> bytes:
@@ -134,7 +104,6 @@ def cifar(classes: int, manual_dir: Path) -> RawDataset:
 
     def read(split: str) -> Iterator[RawImage]:
         examples = np.frombuffer(read_members(*files[split]), np.uint8).reshape(-1, label_bytes + 3 * CIFAR_SIZE**2)
-        _check_count(archive, split, len(examples), CIFAR_COUNTS[split])
         for number, example in enumerate(examples):
             image = example[label_bytes:].reshape(3, CIFAR_SIZE, CIFAR_SIZE).transpose(1, 2, 0)
             yield RawImage(f"{split}_{number}", int(example[label_bytes - 1]), image)
@@ -144,14 +113,7 @@ def cifar(classes: int, manual_dir: Path) -> RawDataset:
 
 
 def imagenet2012(manual_dir: Path) -> RawDataset:
-    """Return ImageNet 2012, read from the two archives of image-net.org.
-
-    Args:
-      manual_dir: the archives' folder.
-
-    Raises:
-      ValueError: an archive is missing or incomplete.
-    """
+    """Return ImageNet 2012, read from the two archives of image-net.org in `manual_dir`."""
     archives = {
         split: _archive(manual_dir / f"ILSVRC2012_img_{name}.tar", "after registration, from image-net.org")
         for split, name in (("train", "train"), ("validation", "val"))
@@ -161,26 +123,18 @@ def imagenet2012(manual_dir: Path) -> RawDataset:
     class_names = (lists / "labels.txt").read_text().split()
     validation_classes = (lists / "validation_labels.txt").read_text().split()
 
-    def read_train() -> Iterator[RawImage]:
-        with _open_archive(archives["train"]) as outer:
-            for class_archive in outer:
-                label = class_names.index(class_archive.name.removesuffix(".tar"))
-                with tarfile.open(fileobj=io.BytesIO(_extract(outer, class_archive))) as inner:
-                    for member in inner:
-                        yield RawImage(member.name, label, _extract(inner, member))
-
-    def read_validation() -> Iterator[RawImage]:
-        with _open_archive(archives["validation"]) as tar:
-            labels = dict(zip(sorted(tar.getnames()), map(class_names.index, validation_classes), strict=False))
-            for member in tar:
-                yield RawImage(member.name, labels[member.name], _extract(tar, member))
-
     def read(split: str) -> Iterator[RawImage]:
-        count = 0
-        for image in read_train() if split == "train" else read_validation():
-            count += 1
-            yield image
-        _check_count(archives[split], split, count, IMAGENET_COUNTS[split])
+        with _open_archive(archives[split]) as tar:
+            if split == "train":
+                for class_archive in tar:
+                    label = class_names.index(class_archive.name.removesuffix(".tar"))
+                    with tarfile.open(fileobj=io.BytesIO(_extract(tar, class_archive))) as inner:
+                        for member in inner:
+                            yield RawImage(member.name, label, _extract(inner, member))
+            else:
+                labels = dict(zip(sorted(tar.getnames()), map(class_names.index, validation_classes), strict=False))
+                for member in tar:
+                    yield RawImage(member.name, labels[member.name], _extract(tar, member))
 
     return RawDataset("imagenet2012", class_names, IMAGENET_COUNTS, read)
 
@@ -209,19 +163,11 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return content
 
 
-def _check_count(archive: Path, split: str, count: int, expected: int) -> None:
-    if count != expected:
-        raise ValueError(f"{archive}: must have {expected} images for {split}, but has {count}; download it again")
-
-
 def catalogue(name: str, data_dir: str) -> RawDataset | None:
     """Return a dataset of the TFDS catalogue, downloaded and prepared by TFDS if necessary.
 
     Returns:
       None if its images are all of one size: TFDS's files are then used unchanged.
-
-    Raises:
-      ValueError: TFDS has no such dataset, or needs TensorFlow to prepare it.
     """
     builder = datasets.tfds_builder(name, data_dir)
     if not datasets.is_prepared(builder):

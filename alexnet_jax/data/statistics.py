@@ -16,17 +16,11 @@ from alexnet_jax.run_dir import atomic_write
 
 
 class Statistics(NamedTuple):
-    """Statistics of the training images, in grey levels from 0 to 255.
+    """Statistics of the training images, float32, in grey levels from 0 to 255."""
 
-    Attributes:
-      mean: float32 (image_size, image_size, channels), subtracted from each image.
-      deviations: float32 (channels,), standard deviations along the principal axes of the colours, largest first.
-      axes: float32 (channels, channels), the axes as rows: unit vectors (red, green, blue).
-    """
-
-    mean: np.ndarray
-    deviations: np.ndarray
-    axes: np.ndarray
+    mean: np.ndarray  # (image_size, image_size, channels), subtracted from each image
+    deviations: np.ndarray  # (channels,), standard deviations along the principal axes of the colours, largest first
+    axes: np.ndarray  # (channels, channels), the axes as rows: unit vectors (red, green, blue)
 
 
 def read(path: Path) -> Statistics | None:
@@ -50,14 +44,7 @@ def load_or_measure(path: Path, dataset: Dataset, data_config: ConfigDict) -> St
 
 
 def measure(dataset: Dataset, data_config: ConfigDict) -> Statistics:
-    """Measure the statistics of the training images.
-
-    All images are read once; the moments are then stored beside the dataset, under its fingerprint.
-
-    Args:
-      dataset: the dataset.
-      data_config: a config's `data` section.
-    """
+    """Measure the statistics of the training images; their moments are kept beside the dataset for the next time."""
     constant_mean = data_config.subtract == "mean"
     if constant_mean and not data_config.augment.colour.noise:
         return uniform(data_config, dataset.channels)
@@ -79,7 +66,7 @@ def uniform(data_config: ConfigDict, channels: int) -> Statistics:
 
 
 def _stored_moments(dataset: Dataset, data_config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Return `moments`, stored in a prepared dataset's folder."""
+    """Return `moments`, stored in a prepared dataset's folder under its fingerprint."""
     if dataset.folder is None:
         return moments(dataset, data_config)
     path = dataset.folder / f"statistics_{dataset.fingerprint}.npz"
@@ -92,11 +79,7 @@ def _stored_moments(dataset: Dataset, data_config: ConfigDict) -> tuple[np.ndarr
 
 
 def moments(dataset: Dataset, data_config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Return the exact mean image and covariance of the colours over all pixels of all training images.
-
-    Returns:
-      float64 (image_size, image_size, channels) and float64 (channels, channels).
-    """
+    """Return the exact mean image, and the covariance of the colours over all pixels of all training images."""
 
     def image_sums(position: int) -> dict[str, np.ndarray]:
         (image,) = loader.read(dataset.train, np.array([position]), data_config.image_size)["image"]

@@ -4,8 +4,9 @@ Reads the folders of the runs, or the `study.json`, `results.csv` and `curves.cs
 neither JAX nor the model, so it works wherever the files are.
 """
 
+import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,7 @@ from scipy import stats
 
 from alexnet_jax.run_dir import StudyDir
 
-METRICS = (
-    *("train/loss", "train/top1_error", "train_eval/top1_error"),
-    *("eval/loss", "eval/top1_error", "eval/top5_error"),
-)
+METRICS = ("train/loss", "train/top1_error", "train_eval/top1_error", "eval/loss", "eval/top1_error", "eval/top5_error")
 # Step and epoch at which the error of the training batches first was 25 % or less (paper, section 3.1).
 CENSORED = ("steps_to_25", "epochs_to_25")
 DERIVED = ("generalisation_gap", *CENSORED)  # the gap is eval/top1_error minus train_eval/top1_error
@@ -36,40 +34,29 @@ AT_EDGE = "at the edge of the grid: the optimum may lie outside"
 
 
 def load_study(study: Path | str) -> dict[str, Any]:
-    """Return the description in `study.json`: name, arms and their changes, network sizes, claims, tuning.
-
-    Raises:
-      ValueError: the folder is not a study's.
-    """
+    """Return the description in `study.json`: name, arms and their changes, network sizes, claims, tuning."""
     return StudyDir(study).read()
 
 
 def load_runs(study: Path | str) -> pd.DataFrame:
     """Return a row for each run, in the order of the study, with `COLUMNS`; errors are fractions of 1.
 
-    `status` is "finished", "failed", "unfinished" or "not started"; only finished runs have numbers. `CENSORED`
-    metrics are NaN for runs that never reached the error.
-
-    Args:
-      study: folder with the runs, or with the `results.csv` that was kept of them.
-
-    Raises:
-      ValueError: the folder is not a study's.
+    The folder has the runs, or the `results.csv` that was kept of them. `status` is "finished", "failed", "unfinished"
+    or "not started"; only finished runs have numbers. `CENSORED` metrics are NaN if the error was never reached.
     """
     folder = StudyDir(study)
     if _is_summary(folder, folder.results_file):
         return pd.read_csv(folder.results_file)
     rows = []
     for arm, seed, run in folder.runs():
-        result = run.result or {}
-        derived: dict[str, float] = {}
-        if {"eval/top1_error", "train_eval/top1_error"} <= result.keys():
-            derived["generalisation_gap"] = result["eval/top1_error"] - result["train_eval/top1_error"]
-        if result:
+        row = {"arm": arm, "seed": seed, "status": run.status}
+        if result := run.result:
             reached = first_at_target(run.metrics()) or {}
-            derived |= {f"{unit}s_to_25": value for unit in ("step", "epoch") if (value := reached.get(unit))}
-        rows.append({"arm": arm, "seed": seed, "status": run.status, **result, **derived})
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+            row |= result | {"steps_to_25": reached.get("step"), "epochs_to_25": reached.get("epoch")}
+        rows.append(row)
+    runs = pd.DataFrame(rows, columns=list(COLUMNS))
+    runs["generalisation_gap"] = runs["eval/top1_error"] - runs["train_eval/top1_error"]
+    return runs
 
 
 def first_at_target(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
@@ -78,11 +65,7 @@ def first_at_target(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def load_curves(study: Path | str) -> pd.DataFrame:
-    """Return a row for each record of each run, finished or not: arm, seed, step, epoch and the metrics logged there.
-
-    Args:
-      study: folder with the runs, or with the `curves.csv` that was kept of them.
-    """
+    """Return step, epoch and metrics of each record of each run, or of the `curves.csv` that was kept of the runs."""
     folder = StudyDir(study)
     if _is_summary(folder, folder.curves_file):
         return pd.read_csv(folder.curves_file)
@@ -91,10 +74,7 @@ def load_curves(study: Path | str) -> pd.DataFrame:
 
 
 def mean_and_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """Return the mean and the bounds of its two-sided confidence interval (Student's t).
-
-    The bounds are NaN for fewer than two values, and so is the mean of none.
-    """
+    """Return the mean and its two-sided confidence interval (Student's t), which is NaN for fewer than two values."""
     if len(values) < 2:
         return float(values.sum()) if len(values) else np.nan, np.nan, np.nan
     with warnings.catch_warnings():  # of equal values, whose interval has no width, SciPy warns
@@ -104,12 +84,7 @@ def mean_and_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, f
 
 
 def paired_effects(runs: pd.DataFrame, arm: str, metric: str, *, ratio: bool = False) -> np.ndarray:
-    """Return `metric` of an arm minus that of the first arm, for each seed that has both.
-
-    Args:
-      runs: as from `load_runs`.
-      ratio: whether to subtract the logarithms.
-    """
+    """Return `metric` of an arm minus that of the first arm, or of their logarithms, for each seed that has both."""
     columns = [runs[runs["arm"] == name].set_index("seed")[metric] for name in (runs["arm"].iloc[0], arm)]
     pairs = pd.concat(columns, axis="columns", join="inner").dropna().to_numpy(float)
     if ratio:
@@ -118,12 +93,7 @@ def paired_effects(runs: pd.DataFrame, arm: str, metric: str, *, ratio: bool = F
 
 
 def compare(runs: pd.DataFrame, metric: str = "eval/top1_error", *, ratio: bool = False) -> pd.DataFrame:
-    """Return the mean of `metric` for each arm, and its effect relative to the first arm.
-
-    Args:
-      runs: as from `load_runs`.
-      metric: one of its columns.
-      ratio: whether the effect is the ratio of geometric means instead of the difference of means.
+    """Return the mean of `metric` for each arm, and its effect: the difference to the first arm, or the `ratio`.
 
     Returns:
       A row for each arm: n (runs that have the metric), finished (runs), mean with its 95 % CI (low, high), and the
@@ -145,8 +115,8 @@ def compare(runs: pd.DataFrame, metric: str = "eval/top1_error", *, ratio: bool 
 def claim_margin(claim: Mapping[str, Any]) -> float:
     """Return the half-width of "no effect" of a claim: a factor for ratios, else in the unit of the metric.
 
-    The claim's own, or by default: half of the paper's difference, 0.005 (half a percentage point) for fractions of 1
-    without one, a factor of 1.25 for ratios. Other metrics have 0, which no effect is equivalent to.
+    The default is 1.25 for ratios, half of the paper's difference, or without one 0.005 for fractions of 1; for other
+    metrics it is 0, which no effect is equivalent to.
     """
     if claim.get("margin") is not None:
         return claim["margin"]
@@ -158,16 +128,11 @@ def claim_margin(claim: Mapping[str, Any]) -> float:
 
 
 def verdict(effects: np.ndarray, margin: float, *, higher: bool) -> str:
-    """Return the verdict on a claim.
+    """Return the verdict on a claim that the effect is positive, or negative unless `higher`, whatever its size.
 
     "no effect" if two one-sided t-tests at 5 % show that the effect is within the margin: if its 90 % CI is.
     Otherwise "reproduced" or "contradicted" if the 95 % CI is on one side of zero, and "inconclusive" if it contains
     zero. "too few seeds" for fewer than two pairs.
-
-    Args:
-      effects: differences to the first arm, one for each seed; of logarithms where the claim is about a ratio.
-      margin: half-width of "no effect", on the scale of `effects`.
-      higher: whether the claim is that the effect is positive. The paper's size of it does not matter.
     """
     if len(effects) < 2:
         return "too few seeds"
@@ -181,12 +146,7 @@ def verdict(effects: np.ndarray, margin: float, *, higher: bool) -> str:
 
 
 def claim_effects(study: Path | str) -> pd.DataFrame:
-    """Return the claims with the effects measured, as numbers.
-
-    Returns:
-      A row for each claim: arm, metric, source, ratio (bool), paper (its effect, or NaN), effect, low, high (95 % CI),
-      pairs, margin, verdict.
-    """
+    """Return a row for each claim, as numbers: `paper` is the paper's effect or NaN, low and high are the 95 % CI."""
     runs, rows = load_runs(study), []
     for claim in load_study(study)["claims"]:
         arm, metric, ratio = claim["arm"], claim["metric"], claim["ratio"] is not None
@@ -204,7 +164,7 @@ def verdicts(study: Path | str) -> pd.DataFrame:
     """Return `claim_effects` as text: errors in percentage points, ratios as "6 times"."""
     rows = []
     for row in claim_effects(study).to_dict("records"):
-        show = _times if row["ratio"] else _formatter(row["metric"], signed=True)
+        show = _times if row["ratio"] else functools.partial(_show, row["metric"], sign="+")
         margin = f"factor {row['margin']:.3g}" if row["ratio"] else show(row["margin"]).replace("+", "±")
         rows.append(
             {
@@ -224,23 +184,19 @@ def verdicts(study: Path | str) -> pd.DataFrame:
 def table(runs: pd.DataFrame, metric: str = "eval/top1_error") -> pd.DataFrame:
     """Return `compare` as text: errors in percent, and an empty cell where there is no number.
 
-    Args:
-      runs: as from `load_runs`.
-      metric: one of its columns. A censored one has two counts: finished runs, and those that reached the error.
+    A metric of `CENSORED` has two counts: finished runs, and those that reached the error.
     """
-    show, signed, rows = _formatter(metric), _formatter(metric, signed=True), []
+    counts = {"n": "finished", "n reached": "n"} if metric in CENSORED else {"n": "n"}
+    rows = []
     for arm, row in compare(runs, metric).iterrows():
-        counts = {"n": f"{row['finished' if metric in CENSORED else 'n']:.0f}"}
-        if metric in CENSORED:
-            counts["n reached"] = f"{row['n']:.0f}"
         rows.append(
             {
                 "arm": arm,
-                **counts,
-                f"{metric}, %" if is_fraction(metric) else metric: show(row["mean"]),
-                "95 % CI": show(row["low"], row["high"]),
-                "difference": signed(row["effect"]),
-                "95 % CI of the difference": signed(row["effect_low"], row["effect_high"]),
+                **{heading: f"{row[count]:.0f}" for heading, count in counts.items()},
+                f"{metric}, %" if is_fraction(metric) else metric: _show(metric, row["mean"]),
+                "95 % CI": _show(metric, row["low"], row["high"]),
+                "difference": _show(metric, row["effect"], sign="+"),
+                "95 % CI of the difference": _show(metric, row["effect_low"], row["effect_high"], sign="+"),
             }
         )
     return pd.DataFrame(rows)
@@ -267,11 +223,13 @@ def tuning_notes(study: Path | str) -> dict[str, str]:
     """Return for each tuned arm the value that it chose, whether that is at the edge of the grid, and all scores."""
     tuning, notes = load_study(study).get("tuning") or {"arms": {}}, {}
     metric = tuning.get("metric", "validation/top1_error")
+    failed, unit = "never reached or failed" if metric in CENSORED else "failed", " %" if is_fraction(metric) else ""
     for arm, tuned in tuning["arms"].items():
         scores = tuned.get("scores") or tuned["errors"]
         values = list(scores)
         edge = f", {AT_EDGE}" if tuned.get("at_edge", str(tuned["chosen"]) in (values[0], values[-1])) else ""
-        shown = ", ".join(f"{value}: {_score(metric, score)}" for value, score in scores.items())
+        texts = [failed if score is None else _show(metric, score) + unit for score in scores.values()]
+        shown = ", ".join(f"{value}: {text}" for value, text in zip(values, texts, strict=True))
         notes[arm] = f"{tuning['key']} = {tuned['chosen']}{edge}. Tuned by {metric} ({shown})"
     return notes
 
@@ -286,23 +244,13 @@ def _is_summary(study: StudyDir, file: Path) -> bool:
     return file.exists() and not any(run.path.exists() for _, _, run in study.runs())
 
 
-def _score(metric: str, score: float | None) -> str:
-    if score is None:
-        return "never reached or failed" if metric in CENSORED else "failed"
-    return _formatter(metric)(score) + (" %" if is_fraction(metric) else "")
-
-
-def _formatter(metric: str, *, signed: bool = False) -> Callable[..., str]:
-    """Return the function that shows one value of a metric, or the two bounds of an interval."""
-    sign, digits = ("+", 3) if signed else ("", 4)
-    if is_fraction(metric):
-        return lambda *values: _join(values, lambda value: f"{100 * value:{sign}.2f}")
-    return lambda *values: _join(values, lambda value: f"{value:{sign}.{digits}g}")
+def _show(metric: str, *values: float, sign: str = "") -> str:
+    """Return one value of a metric, or the bounds of an interval, as text; "" for NaN."""
+    scale, digits = (100, ".2f") if is_fraction(metric) else (1, ".3g" if sign else ".4g")
+    return "" if np.isnan(values).any() else " to ".join(f"{scale * value:{sign}{digits}}" for value in values)
 
 
 def _times(*values: float) -> str:
-    return _join(values, lambda value: f"{value:.3g}" + (" times" if len(values) == 1 else ""))
-
-
-def _join(values: tuple[float, ...], show: Callable[[float], str]) -> str:
-    return "" if np.isnan(values).any() else " to ".join(map(show, values))
+    """Return one ratio, or the bounds of an interval, as text; "" for NaN."""
+    unit = " times" if len(values) == 1 else ""
+    return "" if np.isnan(values).any() else " to ".join(f"{value:.3g}{unit}" for value in values)

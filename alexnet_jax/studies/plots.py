@@ -10,12 +10,7 @@ from alexnet_jax.studies.analysis import TARGET_ERROR, compare, is_fraction
 
 
 def plot_arms(runs: pd.DataFrame, metric: str = "eval/top1_error") -> Figure:
-    """Plot a metric of each arm: a dot for each seed, a diamond for the mean, a line for its 95 % CI.
-
-    Args:
-      runs: as from `load_runs`.
-      metric: one of its columns.
-    """
+    """Plot a metric of each arm: a dot for each seed, a diamond for the mean, a line for its 95 % CI."""
     compared, scale = compare(runs, metric), _scale(metric)
     figure = Figure(figsize=(7, 0.8 + 0.4 * len(compared)), layout="constrained")
     axes = figure.add_subplot()
@@ -32,10 +27,7 @@ def plot_effects(effects: pd.DataFrame) -> Figure:
     """Plot the claims as a forest plot: differences of errors, ratios, and other differences on axes of their own.
 
     A dot and a line are the effect measured and its 95 % CI, the diamond is the paper's effect, the grey band the
-    margin of "no effect".
-
-    Args:
-      effects: as from `claim_effects`; of several studies, if their frames are concatenated.
+    margin of "no effect". The frames of several studies may be concatenated.
     """
     units = effects.apply(_unit, axis="columns")
     counts = units.value_counts(sort=False)
@@ -43,8 +35,8 @@ def plot_effects(effects: pd.DataFrame) -> Figure:
     grid: Any = figure.subplots(len(counts), squeeze=False, height_ratios=[count + 1 for count in counts])
     for axes, unit in zip(grid[:, 0], counts.index, strict=True):
         of_unit = effects[units == unit]
-        scale, none = (100, 0) if unit == POINTS else (1, 1) if unit == RATIO else (1, 0)
-        axes.axvline(none, color="black", linewidth=1)
+        scale = 100 if unit == POINTS else 1
+        axes.axvline(1 if unit == RATIO else 0, color="black", linewidth=1)
         if unit == RATIO:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
@@ -59,13 +51,7 @@ def plot_effects(effects: pd.DataFrame) -> Figure:
 
 
 def plot_curves(curves: pd.DataFrame, metric: str, *, log: bool = False) -> Figure:
-    """Plot a metric against epochs: a line for each arm's mean over seeds, a band from the lowest to the highest.
-
-    Args:
-      curves: as from `load_curves`.
-      metric: one of its columns.
-      log: whether the axis of the metric is logarithmic.
-    """
+    """Plot a metric against epochs: a line for each arm's mean over seeds, a band from the lowest to the highest."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for arm, by_epoch in _by_epoch(curves, metric):
@@ -79,11 +65,7 @@ def plot_curves(curves: pd.DataFrame, metric: str, *, log: bool = False) -> Figu
 
 
 def plot_figure_1(curves: pd.DataFrame) -> Figure:
-    """Plot the paper's figure 1: training error against epochs, the first arm solid, the others dashed, 25 % dotted.
-
-    Args:
-      curves: as from `load_curves`.
-    """
+    """Plot the paper's figure 1: training error against epochs, the first arm solid, the others dashed, 25 % dotted."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for place, (arm, by_epoch) in enumerate(_by_epoch(curves, "train/top1_error")):

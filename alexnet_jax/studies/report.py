@@ -26,6 +26,7 @@ from alexnet_jax.studies import analysis, plots
 
 HARDEST_CLASSES = 25
 MAGNIFICATION = 4  # of the filters: screen pixels per weight
+Runs = list[tuple[str, int, RunDir]]  # arm, seed and folder, as from `StudyDir.runs`
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("alexnet_jax", "studies"),
     autoescape=True,
@@ -44,11 +45,7 @@ _COLOURS = {
 
 
 def write(study: Path | str) -> None:
-    """Write `results.csv`, `curves.csv` and `report.html` into the folder of a study, and print its tables.
-
-    Raises:
-      ValueError: the folder is not a study's.
-    """
+    """Write `results.csv`, `curves.csv` and `report.html` into the folder of a study, and print its tables."""
     folder = StudyDir(study)
     runs, curves, claims = analysis.load_runs(study), analysis.load_curves(study), analysis.verdicts(study)
     write_text(folder.results_file, runs.to_csv(index=False))
@@ -108,14 +105,11 @@ def _table(frame: pd.DataFrame, name: str, *, is_target: bool = False) -> Markup
     """Return a table as HTML: text left-aligned, numbers right-aligned, arms linked to their descriptions.
 
     Args:
-      frame: its rows, each of one arm.
       name: unique on the page.
       is_target: whether the rows are runs, which the descriptions of the arms link to.
     """
-    seeds = frame["seed"] if is_target else [""] * len(frame)
-    link = Markup('<a{id} href="#arm-{arm}">{arm}</a>')
-    ids = [Markup(' id="{}-{}"').format(*run) if is_target else "" for run in zip(frame["arm"], seeds, strict=True)]
-    links = [link.format(id=target, arm=arm) for target, arm in zip(ids, frame["arm"], strict=True)]
+    link = Markup('<a id="{0}-{1}" href="#arm-{0}">{0}</a>' if is_target else '<a href="#arm-{0}">{0}</a>')
+    links = [link.format(*names) for names in frame.filter(["arm", "seed"]).itertuples(index=False)]
     styler = Styler(frame.assign(arm=links), uuid=name.replace("/", "-")).hide(axis="index")
     styler.format(_cell, escape="html", na_rep="", subset=frame.columns.drop("arm"))
     text = frame.columns.intersection(list(analysis.TEXT_COLUMNS))
@@ -133,11 +127,10 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"
 
 
-def _class_errors(run_dirs: list[tuple[str, int, RunDir]]) -> Markup | None:
+def _class_errors(run_dirs: Runs) -> Markup | None:
     """Return the mean top-1 errors of the classes that are hardest for the first arm, as HTML; None without runs."""
-    frames = [
-        pd.DataFrame(by_class).assign(arm=arm) for arm, _, run in run_dirs if (by_class := read_json(run.by_class_file))
-    ]
+    by_class = [(arm, read_json(run.by_class_file)) for arm, _, run in run_dirs]
+    frames = [pd.DataFrame(classes).assign(arm=arm) for arm, classes in by_class if classes]
     if not frames:
         return None
     errors = 100 * pd.concat(frames).pivot_table(index="arm", columns="class", values="top1_error", sort=False)
@@ -148,16 +141,17 @@ def _class_errors(run_dirs: list[tuple[str, int, RunDir]]) -> Markup | None:
     return Markup(styler.map(lambda error: f"--heat: {np.nan_to_num(error) / largest:.2f}").to_html())
 
 
-def _filters(run_dirs: list[tuple[str, int, RunDir]]) -> dict[str, tuple[str, int]]:
+def _filters(run_dirs: Runs) -> dict[str, tuple[str, int]]:
     """Return the first filters of each arm's first finished run: a data URL and the width to show it at, in pixels."""
-    images: dict[str, tuple[str, int]] = {}
-    shown = set()
+    first: dict[str, tuple[int, RunDir]] = {}
     for arm, seed, run in run_dirs:
-        if arm not in shown and run.filters_file.exists():
-            shown.add(arm)
-            grid = (255 * filter_grid(np.load(run.filters_file))).round().astype(np.uint8)
-            content = base64.b64encode(encode_png(grid)).decode()
-            images[f"{arm}, seed {seed}"] = f"data:image/png;base64,{content}", MAGNIFICATION * grid.shape[1]
+        if run.filters_file.exists():
+            first.setdefault(arm, (seed, run))
+    images = {}
+    for arm, (seed, run) in first.items():
+        grid = (255 * filter_grid(np.load(run.filters_file))).round().astype(np.uint8)
+        content = base64.b64encode(encode_png(grid)).decode()
+        images[f"{arm}, seed {seed}"] = f"data:image/png;base64,{content}", MAGNIFICATION * grid.shape[1]
     return images
 
 

@@ -17,7 +17,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.export
@@ -61,33 +61,14 @@ def from_grouped(config: ConfigDict, params: Params) -> TrainedNetwork:
     return TrainedNetwork(config, params[head][BIAS].size, {"params": jax.tree.map(split, params)}, None)
 
 
-class Layout(Protocol):
-    """How another program names its arrays and lays out its kernels; biases are the same everywhere.
-
-    Attributes:
-      channels: order of the first layer's input channels, "RGB" or "BGR".
-    """
-
-    channels: str
-
-    def keys(self, config: ConfigDict) -> dict[str, dict[str, str]]:
-        """Return the names of the arrays: {layer: {"kernel": name, "bias": name}}."""
-
-    def encode(self, kernel: np.ndarray, layer: str, config: ConfigDict) -> np.ndarray:
-        """Convert a layer's grouped kernel to this layout."""
-
-    def decode(self, kernel: np.ndarray, layer: str, config: ConfigDict) -> np.ndarray:
-        """Invert ``encode``."""
-
-
 class Caffe:
     """Caffe's layout in ``bvlc_alexnet.npy``: ours, but with channels in the order blue, green, red."""
 
     channels = "BGR"
 
-    def keys(self, config: ConfigDict) -> dict[str, dict[str, str]]:
-        """Return the names of the arrays; the layers' names are Caffe's."""
-        return {layer: {KERNEL: f"{layer}.weights", BIAS: f"{layer}.biases"} for layer in config.order}
+    def names(self, config: ConfigDict) -> dict[str, tuple[str, str]]:
+        """Return the names of each layer's kernel and bias; the layers' names are Caffe's."""
+        return {layer: (f"{layer}.weights", f"{layer}.biases") for layer in config.order}
 
     def encode(self, kernel: np.ndarray, layer: str, config: ConfigDict) -> np.ndarray:
         """Convert to (height, width, in, out), or (in, out)."""
@@ -102,16 +83,14 @@ class Torchvision:
 
     channels = "RGB"
 
-    def keys(self, config: ConfigDict) -> dict[str, dict[str, str]]:
-        """Return the names of the arrays, which number the modules of ``torch.nn.Sequential``."""
+    def names(self, config: ConfigDict) -> dict[str, tuple[str, str]]:
+        """Return the names of each layer's kernel and bias, which number the modules of ``torch.nn.Sequential``."""
         kinds = [config.layers[layer].kind for layer in config.order]
         if kinds != ["conv"] * 5 + ["dense"] * 3:
             raise ValueError(f"model.order={config.order}: must be five conv and three dense layers, as torchvision's")
-        names = [f"features.{i}" for i in (0, 3, 6, 8, 10)] + [f"classifier.{i}" for i in (1, 4, 6)]
-        return {
-            layer: {KERNEL: f"{name}.weight", BIAS: f"{name}.bias"}
-            for layer, name in zip(config.order, names, strict=True)
-        }
+        modules = [f"features.{i}" for i in (0, 3, 6, 8, 10)] + [f"classifier.{i}" for i in (1, 4, 6)]
+        pairs = [(f"{module}.weight", f"{module}.bias") for module in modules]
+        return dict(zip(config.order, pairs, strict=True))
 
     def encode(self, kernel: np.ndarray, layer: str, config: ConfigDict) -> np.ndarray:
         """Convert to (out, in, height, width), or (out, in)."""
@@ -138,12 +117,7 @@ class Torchvision:
 def read_file(path: Path, config: ConfigDict) -> TrainedNetwork:
     """Read another program's file; mean and scale of the input are those that ``write_file`` stored, else the config's.
 
-    Args:
-      path: file to read.
-      config: a run's config, for the architecture.
-
-    Raises:
-      ValueError: the file cannot be read, holds other objects than arrays, or does not fit the architecture.
+    A file that is damaged, holds other objects than arrays or does not fit the config raises ValueError.
     """
     if path.suffix not in _READERS:
         raise ValueError(f"{path}: must end in one of {', '.join(_READERS)}, or be a run's folder")
@@ -152,24 +126,20 @@ def read_file(path: Path, config: ConfigDict) -> TrainedNetwork:
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{path}: cannot be read: {error}") from error
     layout = _LAYOUTS[path.suffix]
-    keys = layout.keys(config.model)
-    for key in [key for kinds in keys.values() for key in kinds.values()]:
-        if key not in arrays:
-            raise ValueError(f"{path}: has no {key}, which the network needs; it has {', '.join(arrays)}")
-    first, head = (keys[config.model.order[position]] for position in (0, -1))
-    needed = _encode(layout, config, _shapes(config, arrays[first[KERNEL]].size, arrays[head[BIAS]].size))
+    names = layout.names(config.model)
+    if missing := [name for pair in names.values() for name in pair if name not in arrays]:
+        raise ValueError(f"{path}: has no {missing[0]}, which the network needs; it has {', '.join(arrays)}")
+    (first_kernel, _), *_, (_, head_bias) = names.values()
+    needed = _encode(layout, config, _shapes(config, arrays[first_kernel].size, arrays[head_bias].size))
     params: Params = {}
-    for layer, kinds in keys.items():
-        for key in kinds.values():
-            if arrays[key].shape != needed[key].shape:
+    for layer, (kernel, bias) in names.items():
+        for name in (kernel, bias):
+            if arrays[name].shape != needed[name].shape:
                 raise ValueError(
-                    f"{path}: {key} has shape {arrays[key].shape}, and {layer} needs {needed[key].shape}; give the "
+                    f"{path}: {name} has shape {arrays[name].shape}, and {layer} needs {needed[name].shape}; give the "
                     "file's architecture as --config"
                 )
-        params[layer] = {
-            KERNEL: layout.decode(arrays[kinds[KERNEL]], layer, config.model),
-            BIAS: arrays[kinds[BIAS]],
-        }
+        params[layer] = {KERNEL: layout.decode(arrays[kernel], layer, config.model), BIAS: arrays[bias]}
     config = config.copy_and_resolve_references()
     order = -1 if metadata.get("channels") == "BGR" else 1
     if "std" in metadata:
@@ -186,14 +156,11 @@ def read_file(path: Path, config: ConfigDict) -> TrainedNetwork:
 def write_file(path: Path, network: TrainedNetwork) -> None:
     """Write ``.npy`` or ``.safetensors`` with mean and scale of the input: inside, or for ``.npy`` in ``.npy.json``.
 
-    A mean image is written to a file beside it, ``.statistics.npz``.
-
-    Raises:
-      ValueError: the layout does not fit the architecture, or the statistics of the training images are unknown.
+    A mean image is written to a file beside it, ``.statistics.npz``. A network that does not fit raises ValueError.
     """
     layout, config = _LAYOUTS[path.suffix], network.config
     encoded = _encode(layout, config, grouped(network))
-    arrays = {key: np.ascontiguousarray(array) for key, array in encoded.items()}
+    arrays = {name: np.ascontiguousarray(array) for name, array in encoded.items()}
     order = -1 if layout.channels == "BGR" else 1
     measured = network.known_statistics()
     mean: list[float] | str
@@ -217,39 +184,32 @@ def write_file(path: Path, network: TrainedNetwork) -> None:
             in_file = {key: json.dumps(value) for key, value in metadata.items()}
             safetensors.numpy.save_file(arrays, temporary, in_file)
             return
-        layers: dict[str, list[np.ndarray]] = {}
-        for name, array in arrays.items():  # kernel, then bias
-            layers.setdefault(name.rpartition(".")[0], []).append(array)
+        layers = {layer: [arrays[name] for name in pair] for layer, pair in layout.names(config.model).items()}
         with temporary.open("wb") as file:
             np.save(file, np.array(layers, dtype=object), allow_pickle=True)
     write_json(_metadata_file(path), metadata)
 
 
-def _encode(layout: Layout, config: ConfigDict, params: Params) -> Arrays:
+def _encode(layout: Caffe | Torchvision, config: ConfigDict, params: Params) -> Arrays:
     """Convert grouped parameters to another program's arrays, by its names."""
-    keys = layout.keys(config.model)
+    names = layout.names(config.model)
     for layer, arrays in params.items():
-        if layer not in keys or set(arrays) != {KERNEL, BIAS}:
+        if layer not in names or set(arrays) != {KERNEL, BIAS}:
             raise ValueError(
                 f"{layer}={sorted(arrays)}: must be a kernel and a bias for .npy and .safetensors, which hold nothing "
                 "else; export the network as .stablehlo"
             )
-    return {
-        key: layout.encode(params[layer][kind], layer, config.model) if kind == KERNEL else params[layer][kind]
-        for layer, kinds in keys.items()
-        for kind, key in kinds.items()
-    }
+    encoded: Arrays = {}
+    for layer, (kernel, bias) in names.items():
+        encoded[kernel] = layout.encode(params[layer][KERNEL], layer, config.model)
+        encoded[bias] = params[layer][BIAS]
+    return encoded
 
 
 def export(network: TrainedNetwork) -> bytes:
-    """Export the forward pass with its weights as StableHLO, which ``jax.export.deserialize`` reads without this code.
+    """Export ``forward`` with its weights as StableHLO, which ``jax.export.deserialize`` reads without this code.
 
-    Returns:
-      The serialized function from uint8 RGB images (batch, crop, crop, channels), of any batch size, to logits (batch,
-      classes). It runs on one device; a layer that sees its own tower only is a grouped convolution.
-
-    Raises:
-      ValueError: the statistics of the training images are unknown.
+    It takes any batch size and runs on one device; a layer that sees its own tower only is a grouped convolution.
     """
     crop = network.config.data.crop
     (batch,) = jax.export.symbolic_shape("batch")
@@ -259,11 +219,7 @@ def export(network: TrainedNetwork) -> bytes:
 
 
 def forward(network: TrainedNetwork) -> Callable[[Any], jax.Array]:
-    """Return the function from centre crops, uint8 (batch, crop, crop, channels), to logits (batch, classes).
-
-    Raises:
-      ValueError: the statistics of the training images are unknown.
-    """
+    """Return the function from centre crops, uint8 RGB (batch, crop, crop, channels), to logits (batch, classes)."""
     config, measured = network.config.copy_and_resolve_references(), network.known_statistics()
     alexnet = model.AlexNet(config.model, network.classes)
     crop = config.data.crop
@@ -281,14 +237,8 @@ def forward(network: TrainedNetwork) -> Callable[[Any], jax.Array]:
 
 
 def _shapes(config: ConfigDict, first_size: int, classes: int) -> Params:
-    """Return zeros, which take no memory, of the shapes of the grouped parameters.
-
-    Args:
-      config: a run's config.
-      first_size: size of the first layer's kernel, which tells whether images have colours.
-      classes: number of classes.
-    """
-    first = config.model.layers[config.model.order[0]]
+    """Return zeros, which take no memory, of the shapes of the grouped parameters."""
+    first = config.model.layers[config.model.order[0]]  # the size of its kernel tells whether images have colours
     channels = 1 if first.kind == "conv" and first_size == first.kernel**2 * first.features else 3
     image_shape = (config.data.crop, config.data.crop, channels)
     params = model.shapes(config.model, classes, image_shape)["params"]
@@ -339,7 +289,7 @@ def _read_npy(path: Path) -> tuple[Arrays, dict[str, Any]]:
     for layer, parts in layers.items():
         pairs = parts.items() if isinstance(parts, dict) else zip(("weights", "biases"), parts, strict=False)
         arrays |= {f"{layer}.{kind}": np.asarray(array) for kind, array in pairs}
-    return arrays, _read_metadata(path)
+    return arrays, read_json(_metadata_file(path)) or {}
 
 
 def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
@@ -355,31 +305,21 @@ def _read_pth(path: Path) -> tuple[Arrays, dict[str, Any]]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise ValueError("PyTorch reads .pth files; pip install torch, or save it as .safetensors") from None
-    return {key: tensor.numpy() for key, tensor in state.items()}, _read_metadata(path)
+    return {key: tensor.numpy() for key, tensor in state.items()}, read_json(_metadata_file(path)) or {}
 
 
 _READERS = {".npy": _read_npy, ".safetensors": _read_safetensors, ".pth": _read_pth}
-_LAYOUTS: dict[str, Layout] = {".npy": Caffe(), ".safetensors": Torchvision(), ".pth": Torchvision()}
+_LAYOUTS: dict[str, Caffe | Torchvision] = {".npy": Caffe(), ".safetensors": Torchvision(), ".pth": Torchvision()}
 
 
 def _metadata_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
-    return read_json(_metadata_file(path)) or {}
-
-
 def convert(source: Path, target: Path, config: ConfigDict | None = None) -> TrainedNetwork:
     """Read a run or file and write it as another one; the names decide (see the module's docstring).
 
-    Args:
-      source: file or run to read.
-      target: file or run to write.
-      config: a run's config; required if the source is a file.
-
-    Raises:
-      ValueError: the source cannot be read or does not fit, or the target cannot be written or exists as a folder.
+    A source that is a file needs a config. What cannot be read, does not fit or exists as a folder raises ValueError.
     """
     if target.suffix == ".pth":
         raise ValueError(f"{target}: must not be .pth, which is read only; PyTorch reads .safetensors, too")

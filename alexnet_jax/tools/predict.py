@@ -35,14 +35,13 @@ def predict(
     """Predict the classes of image files with the network of a run.
 
     Args:
-      run_dir: the run's folder.
-      files: image files of any size; resized and cropped as in preparation (paper, section 2).
+      files: images of any size; resized and cropped as in preparation (paper, section 2).
       views: 1 or 10 per image; None: as the run's config.
       neighbours: number of nearest held-out images to find, by Euclidean distance of ``features`` (section 6.1).
       data_dir: folder of datasets; None: as the run's config.
 
     Raises:
-      ValueError: the folder holds no run with a checkpoint, a file is not an image, or there are fewer held-out images.
+      ValueError: the folder has no trained network, a file is no image, or there are fewer held-out images.
     """
     network = checkpoint.load_run(run_dir)
     config = network.config.copy_and_resolve_references()
@@ -61,14 +60,11 @@ def predict(
         of_images = functools.partial(features(config, network.classes, executor), variables, statistics)
         for index, positions in enumerate(_nearest(of_images, images, held_out, config, neighbours)):
             batch = loader.read(held_out, positions, config.data.image_size)
-            nearest[index] = [
-                (image, names[label]) for image, label in zip(batch["image"], batch["label"], strict=True)
-            ]
+            nearest[index] = list(zip(batch["image"], [names[label] for label in batch["label"]], strict=True))
     logits = evaluate.make_predictor(config, network.classes, executor)(variables, statistics, images)
+    softmax = np.asarray(jax.nn.softmax(logits))
     predictions = []
-    for file, image, probabilities, near in zip(
-        files, images, np.asarray(jax.nn.softmax(logits)), nearest, strict=True
-    ):
+    for file, image, probabilities, near in zip(files, images, softmax, nearest, strict=True):
         best = np.argsort(-probabilities, kind="stable")[:5]
         folder = file.absolute().parent.name
         truth = folder if folder in names else None
@@ -79,14 +75,7 @@ def predict(
 def features(config: ConfigDict, classes: int, executor: Executor) -> Predictor:
     """Return the compiled function (variables, statistics, images) -> last hidden layer of the images' centre crops.
 
-    Args:
-      config: a run's config.
-      classes: number of classes.
-      executor: where to run it.
-
-    Returns:
-      A function of the arguments of ``evaluate.make_predictor`` to the features of all towers, (batch, neurons): 4,096
-      neurons in the paper.
+    Its result has the features of all towers, (batch, neurons): 4,096 neurons in the paper.
     """
     model, last = AlexNet(config.model, classes), config.model.order[-1]
     (centre,) = augment.evaluation_views(1, config.data.image_size, config.data.crop)
@@ -111,15 +100,7 @@ def features(config: ConfigDict, classes: int, executor: Executor) -> Predictor:
 def _nearest(
     of_images: Callable[[np.ndarray], jax.Array], images: np.ndarray, held_out: Source, config: ConfigDict, count: int
 ) -> np.ndarray:
-    """Return the positions (images, count) of the held-out images of the least distance, nearest first.
-
-    Args:
-      of_images: function from uint8 images to features (batch, neurons).
-      images: uint8 (images, size, size, channels).
-      held_out: images to search.
-      config: a run's config.
-      count: number of neighbours.
-    """
+    """Return the positions (images, count) of the held-out images whose features are nearest, nearest first."""
     queries = np.asarray(of_images(images), np.float64)
     distances = []
     for batch in loader.all_batches(held_out, config, config.eval.batch_size):

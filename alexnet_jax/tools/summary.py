@@ -18,45 +18,25 @@ from alexnet_jax.parallel import TOWER
 
 
 class Row(NamedTuple):
-    """One layer, of all towers together.
-
-    Attributes:
-      name: name of the layer; "logits" for the gathering of all towers' logits.
-      kind: "conv", "local" or "dense"; "" for the logits.
-      maps: shape of the feature maps, (height, width, features) before pooling, or (features,).
-      kernel: (height, width, input channels), or (input neurons,).
-      stride: in pixels.
-      sees: which towers' features it reads, "all" or "own".
-      then: operations that follow.
-      parameters: number of parameters, those of batch normalisation included.
-      multiply_adds: for one image.
-      neurons: number of values of the feature maps.
-      sent: activations that a tower sends for one image: before the layer, and within normalisation across towers.
-    """
+    """One layer, of all towers together; or "logits", the gathering of all towers' logits."""
 
     name: str
-    kind: str
-    maps: tuple[int, ...]
-    kernel: tuple[int, ...]
+    kind: str  # "" for the logits
+    maps: tuple[int, ...]  # shape of the feature maps, (height, width, features) before pooling, or (features,)
+    kernel: tuple[int, ...]  # (height, width, input channels), or (input neurons,)
     stride: int
     sees: str
     then: tuple[str, ...]
-    parameters: int
-    multiply_adds: int
-    neurons: int
-    sent: tuple[int, ...]
+    parameters: int  # those of batch normalisation included
+    multiply_adds: int  # for one image
+    neurons: int  # values of the feature maps
+    sent: tuple[int, ...]  # activations that a tower sends for one image: before the layer, and within normalisation
 
 
 def rows(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> list[Row]:
-    """Return the layers of a network and, for several towers, the gathering of the logits.
+    """Return the layers of a config's ``model`` and, for several towers, the gathering of the logits.
 
-    Args:
-      config: a config's ``model`` section.
-      classes: number of classes.
-      image_shape: (height, width, channels) after cropping.
-
-    Raises:
-      ValueError: a kernel or pooling window does not fit its feature map.
+    ``image_shape`` is (height, width, channels) after cropping. Layers that do not fit their input raise ValueError.
     """
     network, towers = model.AlexNet(config, classes), config.towers
 
@@ -77,12 +57,13 @@ def rows(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) ->
     for name in config.order:
         layer, kernel = config.layers[name], params[name][KERNEL].shape[1:]
         _, _, *shape, features = outputs[name]["__call__"][0].shape  # (towers, batch, ..., features of a tower)
+        maps = (*shape, features * towers)
         channels = kernel[-2] // layer.kernel**2 if layer.kind == "local" else kernel[-2]
         table.append(
             Row(
                 name=name,
                 kind=layer.kind,
-                maps=(*shape, features * towers),
+                maps=maps,
                 kernel=(channels,) if layer.kind == "dense" else (layer.kernel, layer.kernel, channels),
                 stride=1 if layer.kind == "dense" else layer.stride,
                 sees=layer.sees,
@@ -90,7 +71,7 @@ def rows(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) ->
                 parameters=model.count_parameters({key: params.get(key, {}) for key in (name, f"{name}_batch_norm")}),
                 # A convolution uses each weight at every position of its feature map; other layers use it once.
                 multiply_adds=math.prod(kernel) * towers * (math.prod(shape) if layer.kind == "conv" else 1),
-                neurons=math.prod(shape) * features * towers,
+                neurons=math.prod(maps),
                 sent=sent(name),
             )
         )
@@ -128,8 +109,7 @@ def table(layers: list[Row], towers: int) -> Table:
             *(f"{number:,}" if number else "" for number in (row.parameters, row.multiply_adds, row.neurons)),
             " + ".join(f"{number:,}" for number in row.sent),
         )
-    columns = zip(*((row.parameters, row.multiply_adds, row.neurons) for row in layers), strict=True)
-    totals = [sum(column) for column in columns]
+    totals = [sum(getattr(row, field) for row in layers) for field in ("parameters", "multiply_adds", "neurons")]
     sent = sum(sum(row.sent) for row in layers)
     printed.add_section()
     printed.add_row("total", *[""] * 5, *(f"{number:,}" for number in totals), f"{sent:,}" if sent else "")
@@ -160,5 +140,4 @@ def main(arguments: argparse.Namespace) -> None:
         classes, channels = dataset.classes, dataset.channels
     classes, channels = arguments.classes or classes, arguments.channels or channels
     layers = rows(run.model, classes, (run.data.crop, run.data.crop, channels))
-    console = Console(width=max(Console().width, 150))
-    console.print(table(layers, run.model.towers))
+    Console(width=max(Console().width, 150)).print(table(layers, run.model.towers))
