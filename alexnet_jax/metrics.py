@@ -117,12 +117,14 @@ class MetricWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None:
-            self.log(f"stopped: {error!r}")
-        self._bar.stop()
-        self._tensorboard.close()
-        self._metrics.close()
-        self._log.close()
+        try:
+            if error is not None:
+                self.log(f"stopped: {error!r}")
+        finally:
+            self._bar.stop()
+            self._tensorboard.close()
+            self._metrics.close()
+            self._log.close()
 
     def log(self, text: str) -> None:
         """Write a line to train.log, and to standard output unless that is a terminal with a progress bar."""

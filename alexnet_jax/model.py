@@ -4,6 +4,7 @@ An executor (``parallel.py``) maps this function over the towers. They communica
 there the channels of all towers are gathered. The layers are data (``configs/base.py``): a new AlexNet is a config.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from jax import lax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from alexnet_jax import layers
 from alexnet_jax.parallel import DATA, TOWER, global_positions, per_example
@@ -160,6 +161,11 @@ def shapes(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) 
     Raises:
       ValueError: a kernel or a pooling window does not fit its feature map.
     """
+    return _shapes(FrozenConfigDict(config), classes, image_shape)
+
+
+@functools.lru_cache(maxsize=64)  # a study asks for those of each arm many times
+def _shapes(config: FrozenConfigDict, classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
     return jax.eval_shape(_flax_init(config, classes, image_shape), jax.ShapeDtypeStruct((), jnp.uint32))
 
 
@@ -195,7 +201,9 @@ def count_parameters(params: dict[str, Any]) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _flax_init(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> Callable[[jax.Array], Any]:
+def _flax_init(
+    config: ConfigDict | FrozenConfigDict, classes: int, image_shape: tuple[int, int, int]
+) -> Callable[[jax.Array], Any]:
     """Return a function from a seed to the variables of all towers, with the values of their modules' initialisers."""
     model = AlexNet(config, classes)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)

@@ -141,8 +141,9 @@ class RunDir:
           config: nested dictionaries, as from `config.as_json`.
 
         Raises:
-          ValueError: the folder holds a run of another config.
+          ValueError: the folder holds a run of another config, or of a version with other fields.
         """
+        self.read_config()
         existing = read_json(self.config_file)
         if existing is not None and existing != config:
             old, new = flatten(existing), flatten(config)

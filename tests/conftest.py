@@ -30,6 +30,13 @@ jax.config.update("jax_num_cpu_devices", 2)
 SHARED_IMAGES = REPOSITORY.parent / "shared" / "prepare_data.py"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests against PyTorch as slow: the fast tests run on every Python, and PyTorch is not installed on all."""
+    for item in items:
+        if "torch" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def tiny() -> ConfigDict:
     """Return the config of a run of 12 steps."""

@@ -22,6 +22,7 @@ def conv_to_torch(kernel: np.ndarray) -> np.ndarray:
     return np.concatenate([np.transpose(tower, (3, 2, 0, 1)) for tower in kernel])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "executor",
     [Executor("vmap", 2), Executor("pmap", 2), Executor("vmap", 1), Executor("shard_map", 1, shards=2)],

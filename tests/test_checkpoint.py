@@ -103,6 +103,7 @@ def another_network() -> dict[str, Any]:
     return state() | {"params": {"conv1": jnp.zeros((2, 300, 49))}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("harm", "target"), [(change_a_byte, state), (truncate, state), (leave_unchanged, another_network)]
 )

@@ -98,6 +98,7 @@ def test_unknown_flag_is_a_usage_error(
         assert "--config.seed=1: needs --config" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_status_1(tmp_path: Path) -> None:
     calls = {
         ("run", LRN, "--seeds=0-5"): "--seeds=0-5: must be ",
@@ -117,6 +118,7 @@ def test_bad_input_is_one_line_and_exit_status_1(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_studies_run_from_any_folder(tmp_path: Path) -> None:
     """The package's own studies, by both commands, and a user's own file: the example of `base.study`."""
     assert base.study.__doc__ is not None

@@ -54,6 +54,7 @@ def record_reads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return read
 
 
+@pytest.mark.slow
 def test_no_field_is_unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train a small run, and compare the fields that are read with those that exist."""
     changes = TINY | {"train.epochs": 0.004, "eval.every_epochs": 0.001, "data.validation_split": "1/20"}
@@ -155,6 +156,7 @@ def test_pooling_without_overlap_keeps_the_feature_map_sizes(scale: str) -> None
     assert overlap == no_overlap
 
 
+@pytest.mark.slow
 def test_one_column_has_half_the_kernels_and_about_as_many_parameters() -> None:
     """Compare with footnote 2."""
     sizes = network_sizes("ablation_towers", "imagenet2012")
@@ -165,6 +167,7 @@ def test_one_column_has_half_the_kernels_and_about_as_many_parameters() -> None:
     assert one["maps"] == {name: size for name, size in two["maps"].items() if name != "logits"} | halved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["embedded", "imagenet2012"])
 def test_removing_a_layer_keeps_the_feature_maps_of_the_others(scale: str) -> None:
     sizes = network_sizes("ablation_depth", scale)
@@ -240,6 +243,7 @@ def test_mistake_on_the_command_line_is_a_one_line_error(
     assert MISTAKES[arguments] in message.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [

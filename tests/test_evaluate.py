@@ -79,6 +79,7 @@ def held_out() -> tuple[np.ndarray, np.ndarray, Arrays]:
     return batch["image"], batch["label"], Arrays(batch["image"], batch["label"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", [1, 10])
 @pytest.mark.parametrize(
     ("executor", "batch_size"),
@@ -172,6 +173,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
+@pytest.mark.slow
 def test_ensemble_averages_probabilities(
     runs: list[Path], held_out: tuple[np.ndarray, np.ndarray, Arrays], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +213,7 @@ def test_ensemble_of_runs_on_other_images_raises(runs: list[Path], tmp_path: Pat
         evaluate.evaluate_runs([tmp_path])
 
 
+@pytest.mark.slow
 def test_verb_prints_and_writes_the_errors_of_every_run(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +230,7 @@ def test_verb_prints_and_writes_the_errors_of_every_run(
         assert f"{100 * errors['top1_error']:.2f}" in printed
 
 
+@pytest.mark.slow
 def test_ten_views_need_no_more_memory_than_one() -> None:
     """Views are evaluated one at a time."""
     variables = model.shapes(run_config(**TINY).model, 10, (23, 23, 1))

@@ -32,6 +32,7 @@ def test_lrn_is_the_papers_formula(n: int, alpha: float) -> None:
     np.testing.assert_allclose(layers.lrn(jnp.array(x), **constants), numpy_lrn(x, **constants), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_lrn_gradient_matches_finite_differences() -> None:
     x, weights = np.random.default_rng(0).normal(0, 3, (2, 2, 2, 7))
     gradient = jax.grad(lambda x: (layers.lrn(x, n=5, **LRN) * weights).sum())(jnp.array(x))
@@ -136,6 +137,7 @@ def value_and_gradients(
         return compute(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_cpu_kernel_has_the_value_and_gradient_of_the_plain_operation(name: str, dtype: type) -> None:
@@ -187,6 +189,7 @@ def test_cpus_run_the_cpu_kernel_and_tpus_the_plain_operation() -> None:
         assert ("select_and_scatter" in program) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapped", [(0, 0), (None, 0), (0, None)])
 def test_vmapped_convolutions_are_not_grouped(mapped: tuple[int | None, int | None]) -> None:
     generator = np.random.default_rng(0)
@@ -229,6 +232,7 @@ def test_conv_refuses_options_that_it_does_not_support(option: str, value: Any) 
         layers.conv(images, kernel, (1, 1), ((0, 0), (0, 0)), **{option: value})
 
 
+@pytest.mark.slow
 def test_gradients_keep_no_sums_and_no_padded_images() -> None:
     """Read off compiled gradients: of each layer of a chain, XLA keeps its convolution and its normalisation."""
     images, kernel = jnp.ones((4, 27, 27, 8)), jnp.ones((5, 5, 8, 8))
@@ -247,6 +251,7 @@ def test_gradients_keep_no_sums_and_no_padded_images() -> None:
     assert kept(8) - kept(4) < 4 * 2.2 * images.nbytes
 
 
+@pytest.mark.slow
 def test_infinite_cotangent_of_lrn_affects_only_its_window() -> None:
     """As in the formula: no further channel becomes infinite or NaN."""
     x = jnp.array(np.random.default_rng(0).normal(size=(3, 12)), jnp.float32)

@@ -59,6 +59,7 @@ def count_operations(program: export.Exported) -> collections.Counter[str]:
     return collections.Counter(re.findall(r"\bstablehlo\.(\w+)", program.mlir_module()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_step_and_predictor_lower_for_accelerators(name: str, platform: str) -> None:

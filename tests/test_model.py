@@ -89,6 +89,7 @@ def test_feature_maps_have_the_papers_sizes(window: int) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["embedded", "imagenet2012"])
 def test_initial_loss_is_that_of_guessing(scale: str) -> None:
     config = run_config(scale)
@@ -101,6 +102,7 @@ def test_initial_loss_is_that_of_guessing(scale: str) -> None:
     assert abs(losses.mean() - np.log(classes)) < 0.2
 
 
+@pytest.mark.slow
 def test_classes_that_do_not_divide_by_the_towers_are_padded_and_cut() -> None:
     config = run_config().model
     images = np.random.default_rng(0).normal(size=(3, 24, 24, 1))
@@ -146,6 +148,7 @@ def test_initial_weights_have_the_configured_distribution(distribution: str) -> 
     assert within == (distribution == "uniform")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inverted", "kept", "tested"), [(False, 3.0, 1.5), (True, 6.0, 3.0)])
 def test_dropout_masks_in_training_and_scales(inverted: bool, kept: float, tested: float) -> None:
     """Section 4.2, in a network that is one dropout of threes: scaled in testing, or if inverted in training."""
@@ -206,6 +209,7 @@ def test_activation_is_its_formula(activation: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "same_parameters"),
     [
@@ -257,6 +261,7 @@ def logits_and_shapes(*change: Any) -> tuple[np.ndarray, Any]:
     return np.asarray(forward(config, 10, images)(variables)), jax.tree.map(np.shape, variables)
 
 
+@pytest.mark.slow
 def test_bfloat16_logits_and_gradients_are_close_and_parameters_stay_float32() -> None:
     order = ("conv1", "conv2", "conv3", "fc6", "fc8")
     changes = {"model.order": order, "model.layers.conv3.then": ("batch_norm", "activation"), "model.lrn.alpha": 0.01}

@@ -76,6 +76,7 @@ def summary_rows(name: str) -> list[summary.Row]:
     return summary.rows(config.model, number_of_classes(name), input_shape(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_sizes_match_the_source(name: str) -> None:
     config_lib.validate(network_config(name))
@@ -107,6 +108,7 @@ def test_layers_match_figure_2() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper", "caffenet", "no_crossing"])
 def test_activations_sent_match_the_collectives(name: str) -> None:
     config = network_config(name)
@@ -177,6 +179,7 @@ ON_DEVICES = [(name, "vmap") for name in NETWORKS] + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "executor"), ON_DEVICES)
 def test_network_equals_pytorch(name: str, executor: str, torch: ModuleType) -> None:
     # A larger alpha makes the normalisations matter.
@@ -189,6 +192,7 @@ MODERN: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("activation", "train"), [("gelu", False), ("gelu", True), ("silu", True)])
 def test_modern_operations_equal_pytorch(activation: str, train: bool, torch: ModuleType) -> None:
     config = reduced("paper", **MODERN, **{"model.activation": activation})
@@ -251,6 +255,7 @@ def test_initial_values_match_the_source(name: str) -> None:
         assert config.model.towers == 1 or not np.array_equal(kernel[0], kernel[1])
 
 
+@pytest.mark.slow
 def test_torchvision_initial_values_match_pytorch(torch: ModuleType) -> None:
     config = network_config("torchvision")
     torch.manual_seed(0)
@@ -262,6 +267,7 @@ def test_torchvision_initial_values_match_pytorch(torch: ModuleType) -> None:
         np.testing.assert_allclose(np.abs(array).max(), np.abs(expected).max(), rtol=0.02)
 
 
+@pytest.mark.slow
 def test_summary_prints_the_totals_of_figure_2() -> None:
     done = command("alexnet_jax", "summary", "--config=configs/networks/paper.py")
     assert (done.returncode, done.stderr) == (0, "")

@@ -35,6 +35,7 @@ def texts(notebook: nbformat.NotebookNode) -> list[list[str]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS)
 def test_committed_outputs_are_current(path: Path) -> None:
     """A study's notebook must also not need JAX."""

@@ -97,6 +97,7 @@ def test_paper_rule_matches_numpy(
                 np.testing.assert_allclose(params[layer][part], w[layer][part], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_rule_matches_pytorch_through_decay_steps(name: str, torch: ModuleType) -> None:
     changes = {"optim.name": name, "optim.betas": (0.8, 0.99), "optim.weight_decay": 0.1, **EVERYTHING}

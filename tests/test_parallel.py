@@ -151,6 +151,7 @@ def keras_reference(scale: str) -> tuple[ConfigDict, np.ndarray, float, dict[str
     return config, *keras_alexnet.logits_loss_and_gradients(network, images, batch["label"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["vmap", "pmap"])
 @pytest.mark.parametrize("scale", SCALES)  # the outer loop: it keeps one Keras network at a time
 def test_towers_are_the_grouped_network_of_one_device(scale: str, executor: str) -> None:
@@ -173,6 +174,7 @@ def test_towers_are_the_grouped_network_of_one_device(scale: str, executor: str)
             assert_close(actual, expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, BATCH_NORM], ids=["paper", "batch_norm"])
 def test_two_data_shards_are_one_device(changes: dict[str, Any]) -> None:
     """With dropout, crops and flips on, and with normalisation over the whole batch."""
@@ -209,6 +211,7 @@ assert {sharding.spec for sharding in jax.tree.leaves(batch)} == {PartitionSpec(
 """
 
 
+@pytest.mark.slow
 def test_two_towers_on_four_devices_shard_the_batch_and_are_one_device() -> None:
     """The compiled step takes the batch sharded: no device holds all of it."""
     cache = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}  # it compiles a step twice
@@ -252,6 +255,7 @@ def test_random_numbers_of_an_example_depend_on_its_position_only() -> None:
     np.testing.assert_array_equal(sample([2, 3]), whole[2:])
 
 
+@pytest.mark.slow
 def test_towers_drop_different_units_and_the_same_ones_on_any_executor() -> None:
     """With one image, a bias has no gradient exactly where its unit was dropped."""
     changes = {"model.order": ("fc6", "fc8"), "model.layers.fc6.then": ("dropout",), "optim.weight_decay": 0.0}
@@ -293,6 +297,7 @@ def test_too_few_devices_raises_with_the_remedy() -> None:
     assert "JAX_NUM_CPU_DEVICES=4" in str(error.value)
 
 
+@pytest.mark.slow
 def test_pmap_on_one_device_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     done = command(
         "alexnet_jax.main",

@@ -118,6 +118,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_metrics_are_logged_under_their_names(whole: Path) -> None:
     lines = logged(whole)
     errors = ("loss", "top1_error", "top5_error")
@@ -135,6 +136,7 @@ def test_metrics_are_logged_under_their_names(whole: Path) -> None:
     assert "step 12/12" in (whole / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_training_metrics_are_means_since_the_last_ones(tmp_path: Path, whole: Path) -> None:
     train.train_and_evaluate(run_config(**TINY | {"train.log_every": 1}), tmp_path)
     for name in ("train/loss", "train/top1_error", "train/top5_error"):
@@ -163,6 +165,7 @@ def test_filters_and_errors_of_each_class_are_written(whole: Path, tiny: ConfigD
     assert [event.step for event in events.Images("conv1/filters")] == [6, 12]
 
 
+@pytest.mark.slow
 def test_training_images_are_evaluated_as_held_out_ones_are(whole: Path, tiny: ConfigDict) -> None:
     setup, network = train.open_run(tiny), load_run(whole)
     variables = setup.executor.place(network.variables)
@@ -177,6 +180,7 @@ def test_training_images_are_evaluated_as_held_out_ones_are(whole: Path, tiny: C
     assert outcomes.means() == expected
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_run(tmp_path: Path, whole: Path, tiny: ConfigDict) -> None:
     train.train_and_evaluate(tiny, tmp_path)
     assert_same_run(tiny, whole, tmp_path)
@@ -210,6 +214,7 @@ def test_statistics_are_arguments_of_the_compiled_functions(tiny: ConfigDict) ->
     assert all((one != other).any() for one, other in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("default_handlers")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_resume_after_a_signal_is_bit_identical(
@@ -238,6 +243,7 @@ def test_second_signal_stops_a_run_at_once(tmp_path: Path, tiny: ConfigDict, mon
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("default_handlers")
 def test_ignored_signal_stays_ignored(
     tmp_path: Path, whole: Path, tiny: ConfigDict, monkeypatch: pytest.MonkeyPatch
@@ -251,6 +257,7 @@ def test_ignored_signal_stays_ignored(
     assert result(tmp_path) == result(whole)
 
 
+@pytest.mark.slow
 def test_run_outside_the_main_thread_handles_no_signals(tmp_path: Path, whole: Path, tiny: ConfigDict) -> None:
     with ThreadPoolExecutor(1) as thread:
         thread.submit(train.train_and_evaluate, tiny, tmp_path).result()
@@ -293,6 +300,7 @@ def test_run_killed_before_its_result_gets_it_from_the_last_checkpoint(
     assert_same_run(tiny, whole, killed)
 
 
+@pytest.mark.slow
 def test_decay_on_plateau_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation every two steps, none with a lower error than the first: decays at the third and the fifth."""
     changes = {
@@ -315,6 +323,7 @@ def test_decay_on_plateau_survives_an_interruption(tmp_path: Path, monkeypatch: 
     np.testing.assert_allclose(rates, [1e-9] * 6 + [1e-10] * 4 + [1e-11] * 2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_run_on_jpegs_with_every_feature_resumes_bit_identical(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,6 +416,7 @@ def test_photographs_train_the_papers_network_on_two_devices(shared_images: Path
     assert measured.deviations[0] > 2 * measured.deviations[1] > 2 * measured.deviations[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "warns"), [(0.1, False), (0.2, True)])
 def test_run_that_waits_for_images_warns_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: ConfigDict, seconds: float, warns: bool
@@ -439,6 +449,7 @@ def test_run_that_waits_for_images_warns_once(
     assert ("alexnet-jax prepare mnist5k --size=28" in log) == warns
 
 
+@pytest.mark.slow
 def test_frozen_layer_does_not_change_from_its_epoch_on() -> None:
     """Layer conv1 is frozen from step 9 of 1,000 an epoch."""
     config = run_config(**SHALLOW | {"model.layers.conv1.freeze_epoch": 0.008, "optim.momentum": 0.0})
@@ -481,6 +492,7 @@ def test_config_that_does_not_fit_the_dataset_is_refused(tmp_path: Path, changes
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_diverging_run_stops_and_keeps_its_checkpoints(tmp_path: Path) -> None:
     changes = SHALLOW | {"optim.learning_rate": 1e20, "train.checkpoint_every": 1, "train.log_every": 4}
     with pytest.raises(FloatingPointError, match=r"train/loss is nan by step 2.*lower --config.optim.learning_rate"):
@@ -490,6 +502,7 @@ def test_diverging_run_stops_and_keeps_its_checkpoints(tmp_path: Path) -> None:
     assert "stopped: FloatingPointError" in (tmp_path / "train.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["vmap", "pmap", "shard_map"])
 def test_nothing_is_compiled_after_the_first_of_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str
@@ -521,6 +534,7 @@ def test_state_is_donated(tiny: ConfigDict) -> None:
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_profile_holds_the_requested_steps(tmp_path: Path) -> None:
     train.train_and_evaluate(run_config(**SHALLOW, **{"train.profile": 3}), tmp_path)
     (trace,) = tmp_path.glob("plugins/profile/*/perfetto_trace.json.gz")

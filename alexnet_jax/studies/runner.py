@@ -162,8 +162,10 @@ def run_study(study: ConfigDict, workdir: Path | str, only: Sequence[str] = ()) 
     """
     workdir = Path(workdir)
     runs, tuning_runs = plan(study, workdir, only), trials(study, workdir, only)
+    for run in tuning_runs:
+        train.open_run(run.config)
     sizes = {}
-    for run in plan(study, workdir)[: len(study.arms)] + tuning_runs:
+    for run in plan(study, workdir)[: len(study.arms)]:
         dataset = train.open_run(run.config).dataset
         sizes[run.arm] = summary.sizes(run.config, dataset.classes, dataset.channels)
     _check_folders(tuning_runs or runs)

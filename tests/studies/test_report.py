@@ -32,6 +32,7 @@ def test_study_without_finished_runs_has_a_report(make_study: MakeStudy) -> None
     assert pd.read_csv(study / "results.csv")["status"].tolist() == ["not started"] * 4
 
 
+@pytest.mark.slow
 def test_results_csv_has_a_row_for_each_run(study: Path, errors: Errors) -> None:
     report.write(study)
     results = pd.read_csv(study / "results.csv")
@@ -160,6 +161,7 @@ def test_browser_shows_the_page_without_scrolling_sideways(study: Path, tmp_path
     assert "<title>400,rgb(255, 255, 255)</title>" in done.stdout
 
 
+@pytest.mark.slow
 def test_report_does_not_import_jax(study: Path) -> None:
     script = f"""
 import sys

@@ -76,6 +76,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
     return calls
 
 
+@pytest.mark.slow
 def test_seeds_are_added_to_finished_runs(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
     runner.run_study(tiny_study(), tmp_path, only=["lrn"])
     results = {path: content for path, content in files(tmp_path).items() if path.name == "result.json"}
@@ -89,6 +90,7 @@ def test_seeds_are_added_to_finished_runs(trained: list[tuple[str, Path]], tmp_p
     assert rows == {(arm, seed): status for arm, status in arms.items() for seed in (0, 1)}
 
 
+@pytest.mark.slow
 def test_another_config_is_refused_before_anything_is_written(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
     runner.run_study(tiny_study(), tmp_path, only=["lrn"])
     before = files(tmp_path)
@@ -97,6 +99,7 @@ def test_another_config_is_refused_before_anything_is_written(trained: list[tupl
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_failed_run_is_recorded_and_the_others_run(
     trained: list[tuple[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +126,7 @@ def test_failed_run_is_recorded_and_the_others_run(
     assert [arm for arm, _ in trained] == ["wild", "wild"]  # failed runs are tried again, finished ones are not
 
 
+@pytest.mark.slow
 def test_each_arm_chooses_its_learning_rate_on_validation_images(
     trained: list[tuple[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +169,7 @@ def test_each_arm_chooses_its_learning_rate_on_validation_images(
     assert "relu: optim" not in printed
 
 
+@pytest.mark.slow
 def test_arm_can_be_tuned_on_epochs_to_25(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
     """As in the paper's figure 1. A rate that does not reach 25 % training error in some trial has no score."""
     config = tuned_study(0.001, 0.01, 0.015, **{"tuning.metric": "epochs_to_25", "tuning.seeds": (1000, 1001)})
@@ -186,6 +191,7 @@ def test_arm_can_be_tuned_on_epochs_to_25(trained: list[tuple[str, Path]], tmp_p
     }
 
 
+@pytest.mark.slow
 def test_arm_whose_trials_all_failed_is_not_run(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
     failed = runner.run_study(tuned_study(2.0, 5.0), tmp_path, only=["tanh"])
     assert [run.value for run in failed] == [2.0, 5.0]
@@ -229,6 +235,7 @@ with filelock.FileLock(sys.argv[1], timeout=0):
 """
 
 
+@pytest.mark.slow
 def test_run_of_another_process_is_left_alone_until_that_ends(
     trained: list[tuple[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +256,7 @@ def test_run_of_another_process_is_left_alone_until_that_ends(
     assert [arm for arm, _ in trained] == ["lrn", "no_lrn"]
 
 
+@pytest.mark.slow
 def test_trials_of_another_process_are_waited_for(
     trained: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +280,7 @@ def test_trials_of_another_process_are_waited_for(
     ]
 
 
+@pytest.mark.slow
 def test_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuning = {"tuning.key": "optim.learning_rate", "tuning.choices": (0.5,), "tuning.epochs": 0.002}
     write_json(tmp_path / "no_lrn" / "seed_0" / "result.json", {})

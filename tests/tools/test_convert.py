@@ -88,6 +88,7 @@ def test_round_trip_keeps_the_mean_image(tmp_path: Path, name: str) -> None:
         np.testing.assert_array_equal(array, expected)
 
 
+@pytest.mark.slow
 def test_forward_subtracts_the_centre_of_the_mean_image() -> None:
     network = random_network("caffe_alexnet", **{"data.subtract": "central_mean_image"})
     config, statistics = network.config, random_statistics(network.config)
@@ -170,6 +171,7 @@ def test_pth_that_would_run_code_is_refused_and_runs_none(torch: ModuleType, tmp
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_pth_without_pytorch_names_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "net.pth").touch()
     script = f"""
@@ -273,6 +275,7 @@ def test_batch_normalisation_does_not_fit_other_layouts(batch_norm: TrainedNetwo
         convert.read_file(tmp_path / name, batch_norm.config)
 
 
+@pytest.mark.slow
 def test_stablehlo_has_batch_normalisation(batch_norm: TrainedNetwork) -> None:
     exported = jax.export.deserialize(bytearray(convert.export(batch_norm)))
     images = random_images(batch_norm.config)
@@ -283,6 +286,7 @@ def test_stablehlo_has_batch_normalisation(batch_norm: TrainedNetwork) -> None:
     assert np.abs(others - logits).max() > 0.01 * np.abs(logits).max()  # the averages matter
 
 
+@pytest.mark.slow
 def test_stablehlo_is_the_same_function_on_one_device_for_any_batch(caffe: TrainedNetwork) -> None:
     exported = jax.export.deserialize(bytearray(convert.export(caffe)))
     assert exported.nr_devices == 1
@@ -380,6 +384,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_run_converted_to_a_file_and_back_resumes_training(trained: Path, tmp_path: Path) -> None:
     first, config, again = load_run(trained), run_config(**TINY), RunDir(tmp_path / "again")
     convert.convert(trained, tmp_path / "net.npy")
@@ -427,6 +432,7 @@ train.train_and_evaluate(config.from_json({config_lib.as_json(config)!r}), {str(
     assert "pmap on cpu:0, cpu:1: from step 14 to 16" in run.log_file.read_text().lower()
 
 
+@pytest.mark.slow
 def test_command_converts_and_prints_the_normalisation(trained: Path, tmp_path: Path) -> None:
     done = command("alexnet_jax", "convert", str(trained), str(tmp_path / "net.stablehlo"))
     assert done.returncode == 0, done.stderr
@@ -455,6 +461,7 @@ def test_bad_input_raises_before_anything_is_written(tmp_path: Path, source: str
     assert {path.name for path in tmp_path.iterdir()} == {"here.npy", "folder"}
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_not_converted(trained: Path, tmp_path: Path) -> None:
     """In a process of its own: Orbax abandons its other reads, and Python warns whenever it notices."""
     run, target = RunDir(tmp_path / "run"), tmp_path / "net.npy"

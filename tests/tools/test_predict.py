@@ -55,6 +55,7 @@ def run_verb(*arguments: str) -> None:
     predict.main(parser.parse_args(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", [None, 10])
 def test_predictions_equal_those_of_evaluation(run: Path, digits: list[Path], views: int | None) -> None:
     network, source = load_run(run), datasets.load(run_config().data).evaluation
@@ -73,6 +74,7 @@ def test_predictions_equal_those_of_evaluation(run: Path, digits: list[Path], vi
     assert [prediction.truth for prediction in predictions] == ["0", "5", None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("executor", "sees"),
     [
@@ -98,6 +100,7 @@ def test_features_are_the_inputs_of_the_last_layer(executor: Executor, sees: str
     np.testing.assert_allclose(np.concatenate(of_towers, axis=1), logits, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_held_out_image_is_its_own_nearest_neighbour(run: Path, digits: list[Path]) -> None:
     for prediction, label in zip(predict.predict(run, digits, neighbours=3), ("0", "5", "9"), strict=True):
         assert len(prediction.neighbours) == 3
@@ -107,6 +110,7 @@ def test_held_out_image_is_its_own_nearest_neighbour(run: Path, digits: list[Pat
         assert not np.array_equal(prediction.neighbours[1][0], image)
 
 
+@pytest.mark.slow
 def test_padding_of_a_batch_is_not_a_neighbour(run: Path, tmp_path: Path) -> None:
     Image.new("L", (28, 28)).save(tmp_path / "black.png")
     (prediction,) = predict.predict(run, [tmp_path / "black.png"], neighbours=1)
