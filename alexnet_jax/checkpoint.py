@@ -2,7 +2,6 @@
 
 import zlib
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -20,50 +19,32 @@ class Checkpoints:
     """The last few checkpoints of a run, saved by Orbax; a context manager."""
 
     def __init__(self, directory: Path, keep: int):
-        """
-        Args:
-          keep: number of checkpoints to keep; older ones are deleted.
-        """
         self._directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "progress": ocp.JsonCheckpointHandler(),
-                "checksums": ocp.JsonCheckpointHandler(),
-            },
-            # In the background the arrays would be read while the next step reuses their memory.
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False),
-        )
+        handlers = {name: ocp.JsonCheckpointHandler() for name in ("progress", "checksums")}
+        handlers["state"] = ocp.StandardCheckpointHandler()
+        # In the background the arrays would be read while the next step reuses their memory.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self._directory, item_handlers=handlers, options=options)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._manager.close()
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Save a checkpoint; return when it is on disk.
+        """Save a checkpoint after a number of finished steps; return when it is on disk.
 
         Args:
-          step: finished steps.
           state: a pytree of arrays.
           progress: what else the run needs to resume, as JSON.
-
-        Raises:
-          RuntimeError: Orbax declined to save.
         """
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                progress=ocp.args.JsonSave(progress),
-                checksums=ocp.args.JsonSave(_checksums(state)),
-            ),
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            progress=ocp.args.JsonSave(progress),
+            checksums=ocp.args.JsonSave(_checksums(state)),
         )
-        if not saved:
+        if not self._manager.save(step, args=items):
             raise RuntimeError(f"the checkpoint of step {step} was not saved in {self._directory}")
 
     def restore(self, state: Any = None) -> tuple[Any, dict[str, Any]] | None:
@@ -82,14 +63,12 @@ class Checkpoints:
         remedy = f"delete {self._directory / str(step)} to resume from the checkpoint before it, or from the start"
         try:
             shapes = self._saved_shapes(step) if state is None else jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(shapes),
-                    progress=ocp.args.JsonRestore(),
-                    checksums=ocp.args.JsonRestore(),
-                ),
+            items = ocp.args.Composite(
+                state=ocp.args.StandardRestore(shapes),
+                progress=ocp.args.JsonRestore(),
+                checksums=ocp.args.JsonRestore(),
             )
+            restored = self._manager.restore(step, args=items)
         except Exception as error:  # Orbax has no type of its own for unreadable files
             raise ValueError(f"the checkpoint of step {step} cannot be read ({error}): {remedy}") from error
         # Orbax notices missing files, but not changed bytes.
@@ -115,19 +94,12 @@ def _checksums(tree: Any) -> dict[str, int]:
 
 
 class TrainedNetwork(NamedTuple):
-    """A network with its weights.
+    """A network with its weights."""
 
-    Attributes:
-      config: of a run.
-      classes: number of classes.
-      variables: "params" by layer and name, and "batch_stats" if there are any; each array has a leading tower axis.
-      statistics: what the network's input is normalised with; None where no training images were measured.
-    """
-
-    config: ConfigDict
+    config: ConfigDict  # of a run
     classes: int
-    variables: dict[str, Any]
-    statistics: Statistics | None = None
+    variables: dict[str, Any]  # "params" and "batch_stats", if there are any; each array has a leading tower axis
+    statistics: Statistics | None = None  # None where no training images were measured
 
     @property
     def channels(self) -> int:
@@ -135,11 +107,7 @@ class TrainedNetwork(NamedTuple):
         return self.variables["params"][self.config.model.order[0]]["kernel"].shape[-2]
 
     def known_statistics(self) -> Statistics:
-        """Return the dataset statistics, from the config if they were not measured.
-
-        Raises:
-          ValueError: the config says that they are measured on training images, which has not happened.
-        """
+        """Return the dataset statistics, from the config if they were not measured; raise ValueError without either."""
         if self.statistics is not None:
             return self.statistics
         if self.config.data.subtract != "mean":
@@ -170,14 +138,11 @@ def load_run(workdir: Path | str) -> TrainedNetwork:
 
 
 def save_run(run: RunDir, network: TrainedNetwork, state: Any, progress: dict[str, Any]) -> None:
-    """Write a network as a run that has done no step: training resumes from it.
+    """Write a network as a run that has done no step, in a new folder: training resumes from it.
 
     Args:
       state: the training state with the network's variables, as from `train.new_state`.
       progress: as JSON, of a run at step 0.
-
-    Raises:
-      ValueError: the folder exists.
     """
     if run.path.exists():
         raise ValueError(f"{run.path}: must be a new folder, and exists; name another one, or delete it")

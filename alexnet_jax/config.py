@@ -27,15 +27,12 @@ SUBTRACT = ("mean_image", "central_mean_image", "mean_pixel", "mean")
 
 
 def load_study(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Load a study from a config file.
+    """Load a study from a config file; raise ValueError if the file, scale or a key is unknown, or a type is wrong.
 
     Args:
       spec: a file with a function `get_config`, and its scale after a colon: "configs/ablation_lrn.py:cifar10".
         A file that does not exist is looked for among the package's own configs.
       overrides: "--config.KEY=VALUE".
-
-    Raises:
-      ValueError: no such file, scale or key, or a value of another type.
     """
     path, *scale = spec.split(":", 1)
     namespace = runpy.run_path(str(_study_file(path)))
@@ -79,11 +76,7 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-    """Return the run config that `as_json` made nested dictionaries of.
-
-    Raises:
-      ValueError: the config has the fields of version 0.1.
-    """
+    """Return the run config that `as_json` made nested dictionaries of; raise ValueError for those of version 0.1."""
 
     def tuples(value: Any) -> Any:
         if isinstance(value, dict):
@@ -100,13 +93,9 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
 
 
 def run_config(study: ConfigDict, arm: str, seed: int, changes: Mapping[str, Any] | None = None) -> ConfigDict:
-    """Return the config of one run: the study's base with the arm's changes, and a seed.
+    """Return the config of one run: the study's base with the arm's changes, further changes, and a seed.
 
-    Args:
-      changes: further changes, by dotted key.
-
-    Raises:
-      ValueError: a change names a key that does not exist, or has a value of another type.
+    Changes and errors are those of `apply_changes`.
     """
     config = ConfigDict({section: study[section].to_dict() for section in SECTIONS})
     config.lock()
@@ -135,11 +124,7 @@ def apply_changes(config: ConfigDict, changes: ConfigDict | Mapping[str, Any]) -
 
 
 def require_key(config: ConfigDict, key: str) -> None:
-    """Check that a config has a field.
-
-    Raises:
-      ValueError: it has none of this dotted key; names the nearest ones.
-    """
+    """Raise ValueError, with the nearest keys, if a config has no field of this dotted key."""
     keys = list(flatten(config))
     if key not in keys:
         nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0) + difflib.get_close_matches(key, keys)[1:]
@@ -152,11 +137,7 @@ def reference_run(study: ConfigDict) -> ConfigDict:
 
 
 def validate(config: ConfigDict) -> None:
-    """Check every value of a run's config that can be checked without data and devices.
-
-    Raises:
-      ValueError: a value breaks its rule; names key, value and rule.
-    """
+    """Check every value of a run's config that needs no data or devices; raise ValueError if one breaks its rule."""
     values = flatten(config)
     for key, rule in _rules(config):
         if not rule.holds(values[key]):
@@ -227,10 +208,8 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
     yield "optim.learning_rate", _POSITIVE
     yield "optim.warmup_epochs", _at_least(0)
     yield "optim.momentum", _FRACTION
-    yield (
-        "optim.betas",
-        _Rule(lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas), "two, from 0 to under 1"),
-    )
+    two_fractions = _Rule(lambda betas: len(betas) == 2 and all(map(_FRACTION.holds, betas)), "two, from 0 to under 1")
+    yield "optim.betas", two_fractions
     yield "optim.weight_decay", _at_least(0)
     yield "optim.decay_epochs", _ASCENDING
     yield "optim.decay_factor", _POSITIVE

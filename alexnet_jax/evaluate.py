@@ -60,7 +60,7 @@ def mean_of_probabilities(logits: jax.Array) -> jax.Array:
 def make_predictor(config: ConfigDict, classes: int, executor: Executor) -> Predictor:
     """Return the compiled function (variables, statistics, images) -> logits (batch, classes), for any batch size.
 
-    It averages probabilities over ``eval.views`` views of each image (paper, section 4.1), one view at a time. Runs
+    It averages probabilities over `eval.views` views of each image (paper, section 4.1), one view at a time. Runs
     that differ in seed, optimiser or training only share one compiled function.
     """
     key = FrozenConfigDict({section: config[section] for section in ("model", "data", "eval")})
@@ -104,7 +104,7 @@ def map_over_batch(function: Callable[[Any, Statistics, jax.Array], jax.Array], 
 class Outcomes(NamedTuple):
     """Metrics and predictions of each image of a source, in its order: arrays (images,)."""
 
-    metrics: dict[str, np.ndarray]  # those of ``per_example_metrics``
+    metrics: dict[str, np.ndarray]  # those of `per_example_metrics`
     labels: np.ndarray  # correct classes
     predicted: np.ndarray  # most probable classes
 

@@ -51,8 +51,8 @@ def colour_fractions(filters: np.ndarray) -> np.ndarray:
 def colour_metrics(filters: np.ndarray) -> dict[str, float]:
     """Measure how colour-specific the filters are, and whether one of two towers is more so (paper, section 6.1).
 
-    ``colour/share`` is the mean of ``colour_fractions``. For two towers, ``colour/difference`` is the absolute
-    difference of their means, and ``colour/excess`` that difference less its mean over ``SHUFFLES`` random assignments
+    `colour/share` is the mean of `colour_fractions`. For two towers, `colour/difference` is the absolute
+    difference of their means, and `colour/excess` that difference less its mean over `SHUFFLES` random assignments
     of the same filters to the towers. Filters of grey images have no metrics.
     """
     if filters.shape[3] != 3:
@@ -80,9 +80,9 @@ class Prediction(NamedTuple):
 
 
 def confident_errors(outcomes: "Outcomes", dataset: "Dataset", size: int) -> np.ndarray:
-    """Draw the misclassified images of ``dataset.evaluation`` with the highest loss, and their classes.
+    """Draw the misclassified images of `dataset.evaluation` with the highest loss, and their classes.
 
-    Images have sides of ``size`` pixels; the result is an RGB image (height, width, 3) from 0 to 1.
+    Images have sides of `size` pixels; the result is an RGB image (height, width, 3) from 0 to 1.
     """
     wrong = np.flatnonzero(outcomes.metrics["top1_error"])
     worst = wrong[np.argsort(-outcomes.metrics["loss"][wrong], kind="stable")][:ERRORS_SHOWN]

@@ -3,7 +3,7 @@
 """Convolution, response normalisation and pooling, with faster kernels for CPUs.
 
 A CPU kernel computes the same value and gradient as the plain operation, which GPUs and TPUs run.
-``experiments/speed`` measures each of them.
+`experiments/speed` measures each of them.
 """
 
 import contextlib
@@ -36,12 +36,9 @@ _enabled: tuple[str, ...] = KERNELS
 
 @contextlib.contextmanager
 def cpu_kernels(*names: str) -> Iterator[None]:
-    """Use only the named CPU kernels in functions that are traced within the context; with no name, none.
+    """Use only the named CPU kernels, among `KERNELS`, in functions that are traced within the context.
 
     A function that was traced before keeps the kernels of then.
-
-    Raises:
-      ValueError: a name is not one of ``KERNELS``.
     """
     global _enabled
     if unknown := set(names) - set(KERNELS):
@@ -54,13 +51,9 @@ def cpu_kernels(*names: str) -> Iterator[None]:
 
 
 def _with_cpu_kernel(name: str, plain: Callable, *, value: Callable, gradient: Callable) -> Callable:
-    """Return ``plain`` with a CPU kernel, or alone where that kernel is switched off.
+    """Return `plain` with a CPU kernel, or alone where that kernel is switched off.
 
-    Args:
-      name: one of ``KERNELS``.
-      plain: the operation for all other platforms, a function of arrays.
-      value: the same function for CPUs.
-      gradient: its gradient for CPUs, from the cotangent and the arguments to a tuple of the arguments' cotangents.
+    On CPUs `value` computes the same, and `gradient` a tuple of cotangents, from the cotangent and the arguments.
     """
     if name not in _enabled:
         return plain
@@ -69,33 +62,25 @@ def _with_cpu_kernel(name: str, plain: Callable, *, value: Callable, gradient: C
     def operation(*arguments: jax.Array) -> jax.Array:
         return lax.platform_dependent(*arguments, cpu=value, default=plain)
 
-    def forward(*arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        return operation(*arguments), arguments
-
     def backward(arguments: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, ...]:
         def plain_gradient(cotangent: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, ...]:
             return jax.vjp(plain, *arguments)[1](cotangent)
 
         return lax.platform_dependent(cotangent, *arguments, cpu=gradient, default=plain_gradient)
 
-    operation.defvjp(forward, backward)
+    operation.defvjp(lambda *arguments: (operation(*arguments), arguments), backward)
     return operation
 
 
 def conv(
     images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]], **options: Any
 ) -> jax.Array:
-    """Convolve images, as the ``conv_general_dilated`` of ``flax.linen.Conv``.
+    """Convolve images (batch, height, width, channels), as the `conv_general_dilated` of `flax.linen.Conv`.
 
     Args:
-      images: (batch, height, width, channels).
       kernel: (height, width, channels, features).
-      strides: of both axes, in pixels.
-      padding: zeros before and after, for both axes.
-      options: other arguments of ``lax.conv_general_dilated``, at their defaults (the layout: NHWC, HWIO).
-
-    Returns:
-      (batch, height, width, features).
+      strides, padding: for both axes, in pixels; zeros before and after.
+      options: other arguments of `lax.conv_general_dilated`, at their defaults (the layout: NHWC, HWIO).
 
     Raises:
       ValueError: an option has another value: dilation, groups, precision and result type are not supported.
@@ -121,7 +106,7 @@ def conv(
 
 
 def unrolled_vmap(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Return a function that ``jax.vmap`` calls once for each element, and stacks the results.
+    """Return a function that `jax.vmap` calls once for each element, and stacks the results.
 
     A vmapped convolution would become a grouped one, which XLA runs slowly.
     """
@@ -145,24 +130,14 @@ def _kernel_gradient(
     padding: Sequence[tuple[int, int]],
     kernel_shape: Sequence[int],
 ) -> jax.Array:
-    """Return a convolution's kernel gradient: the products of gradient and patches, summed over all positions.
+    """Return a convolution's kernel gradient, at least in float32: products of gradient and patches, summed.
 
     Works on blocks of images whose patches stay in the cache. XLA's own form is a convolution with a kernel as large as
     the feature map, several times slower on CPUs.
 
     Letters for axes: B images of a block; Y, X output height and width; P = Y * B * X positions; F features;
-    D channels of a cell, which is the ``strides`` pixels of one step (space to depth, or short products in the
+    D channels of a cell, which is the `strides` pixels of one step (space to depth, or short products in the
     first layer); K, L height and width of the kernel in cells; H = Y + K - 1 and W = X + L - 1 those of an image.
-
-    Args:
-      gradient: of the output, (batch, Y, X, F).
-      images: (batch, height, width, channels).
-      strides: in pixels.
-      padding: zeros before and after, for both axes.
-      kernel_shape: (height, width, channels, features) of the kernel.
-
-    Returns:
-      The gradient of the kernel, at least in float32.
     """
     kernel_height, kernel_width, channels, F = kernel_shape
     stride_y, stride_x = strides
@@ -201,13 +176,8 @@ def _kernel_gradient(
 def lrn(x: jax.Array, *, n: int, k: float, alpha: float, beta: float) -> jax.Array:
     """Normalise local responses over neighbouring channels (paper, section 3.3).
 
-    ``b_i = a_i / (k + alpha * sum_j a_j ** 2) ** beta``, where j runs over the n channels centred on i, as far as they
-    exist. ``alpha`` multiplies the plain sum, as in the paper: Caffe, PyTorch and the 2012 code divide it by n first.
-
-    Args:
-      x: activations (..., channels) of one tower.
-      n: width of the window, in channels.
-      k, alpha, beta: the constants of the formula.
+    `b_i = a_i / (k + alpha * sum_j a_j ** 2) ** beta`, where j runs over the n channels centred on i, as far as they
+    exist. `alpha` multiplies the plain sum, as in the paper: Caffe, PyTorch and the 2012 code divide it by n first.
     """
     return _normalise(x, (1,) * (x.ndim - 1) + (n,), k, alpha, beta)
 
@@ -215,23 +185,22 @@ def lrn(x: jax.Array, *, n: int, k: float, alpha: float, beta: float) -> jax.Arr
 def spatial_lrn(x: jax.Array, *, window: int, k: float, alpha: float, beta: float) -> jax.Array:
     """Normalise local responses over neighbouring pixels of a feature map, the 2012 code's second normalisation.
 
-    ``b = a / (k + alpha * sum a ** 2) ** beta``, summed over the window centred on the pixel, as far as it is inside
-    the feature map (``type=rnorm`` of cuda-convnet, which divides its ``scale`` by the window's area first).
-
-    Args:
-      x: activations (batch, height, width, channels).
-      window: height and width, in pixels.
-      k, alpha, beta: the constants of the formula.
+    `b = a / (k + alpha * sum a ** 2) ** beta`, summed over the window centred on the pixel, as far as it is inside
+    the feature map (`type=rnorm` of cuda-convnet, which divides its `scale` by the window's area first).
     """
     return _normalise(x, (1, window, window, 1), k, alpha, beta)
 
 
 def _normalise(x: jax.Array, window: tuple[int, ...], k: float, alpha: float, beta: float) -> jax.Array:
-    """Divide by ``(k + alpha * sum of squares) ** beta``, over a centred window with a width for each axis."""
+    """Divide by `(k + alpha * sum of squares) ** beta`, over a centred window with a width for each axis."""
     padding = [(width // 2, (width - 1) // 2) for width in window]
+    mirrored = [(after, before) for before, after in padding]
+
+    def window_sum(x: jax.Array, padding: list[tuple[int, int]]) -> jax.Array:
+        return lax.reduce_window(x, 0.0, lax.add, window, (1,) * x.ndim, padding)
 
     def scale(x: jax.Array) -> jax.Array:
-        return k + alpha * lax.reduce_window(x * x, 0.0, lax.add, window, (1,) * x.ndim, padding)
+        return k + alpha * window_sum(x * x, padding)
 
     def plain(x: jax.Array) -> jax.Array:
         return x * scale(x) ** -beta
@@ -251,8 +220,7 @@ def _normalise(x: jax.Array, window: tuple[int, ...], k: float, alpha: float, be
         x = jnp.where(jnp.isnan(cotangent), cotangent, x)
         scales = scale(x)
         direct = divide(cotangent, scales)
-        mirrored = [(after, before) for before, after in padding]
-        neighbours = lax.reduce_window(direct * x / scales, 0.0, lax.add, window, (1,) * x.ndim, mirrored)
+        neighbours = window_sum(direct * x / scales, mirrored)
         return (direct - 2 * alpha * beta * x * neighbours,)
 
     precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -263,13 +231,8 @@ def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array
     """Return the maximum of each window (paper, section 3.4); windows overlap if the stride is less than their width.
 
     Args:
-      x: activations (batch, height, width, channels).
-      window: height and width, in pixels.
-      stride: in pixels.
+      x: activations (batch, height, width, channels); a smaller feature map than the window raises ValueError.
       ceil: whether a last window may extend over the right and bottom edge, as in cuda-convnet and Caffe.
-
-    Raises:
-      ValueError: the window is larger than the feature map.
     """
     padding = _pool_padding(x, window, stride, ceil)
 
@@ -286,7 +249,7 @@ def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array
         return maximum(maximum(pad(x), 2), 1)
 
     def axis_gradient(cotangent: jax.Array, x: jax.Array, axis: int) -> jax.Array:
-        """Return the gradient of ``maximum``, which goes to the first of equal values, as in XLA."""
+        """Return the gradient of `maximum`, which goes to the first of equal values, as in XLA."""
         largest = maximum(x, axis)
         assigned, gradients = jnp.zeros(largest.shape, bool), []
         for values in _window_slices(x, axis, window, stride):
@@ -307,7 +270,7 @@ def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array
 def avg_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array:
     """Return the mean of each window, over the pixels inside the feature map (cuda-convnet's CIFAR-10 networks).
 
-    Arguments and errors are those of ``max_pool``.
+    Arguments and errors are those of `max_pool`.
     """
     padding = _pool_padding(x, window, stride, ceil)
 
@@ -334,7 +297,7 @@ def _window_slices(x: jax.Array, axis: int, window: int, stride: int) -> list[ja
 
 
 def _interleave(slices: list[jax.Array], axis: int, stride: int, length: int) -> jax.Array:
-    """Sum slices of windows at their positions along an axis of ``length``: the transpose of ``_window_slices``."""
+    """Sum slices of windows at their positions along an axis of `length`: the transpose of `_window_slices`."""
     # Positions that are a multiple of the stride apart come from the same slices.
     count, windows = -(-length // stride), slices[0].shape[axis]
     phases = []

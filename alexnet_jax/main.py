@@ -24,11 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Run a study.
-
-    Raises:
-      ValueError: some run cannot run as configured; none was started.
-    """
+    """Run a study; raise ValueError, before any run is started, if one cannot run as configured."""
     study = arguments.config
     workdir = arguments.workdir or Path("runs", arguments.config_name)
     if arguments.seeds is not None:

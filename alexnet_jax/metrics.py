@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -54,25 +53,15 @@ def write_layout(study: Path) -> None:
 
 @dataclasses.dataclass
 class Progress:
-    """What a run needs to resume, besides its state.
+    """What a run needs to resume, besides its state."""
 
-    Attributes:
-      step: finished steps.
-      metrics: the last value of each metric.
-      plateau: whether the validation error still falls.
-      images: images trained on during `training_seconds`.
-      training_seconds: time without compilation, evaluation and checkpoints.
-      waiting_seconds: the part of it in which no batch was ready.
-      seconds: time in all.
-    """
-
-    step: int = 0
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    step: int = 0  # finished steps
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # the last value of each
     plateau: Plateau = dataclasses.field(default_factory=Plateau)
-    images: int = 0
-    training_seconds: float = 0.0
-    waiting_seconds: float = 0.0
-    seconds: float = 0.0
+    images: int = 0  # trained on during `training_seconds`
+    training_seconds: float = 0.0  # without compilation, evaluation and checkpoints
+    waiting_seconds: float = 0.0  # the part of them in which no batch was ready
+    seconds: float = 0.0  # in all
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -81,42 +70,31 @@ class Progress:
 
 
 class MetricWriter:
-    """The records of one run under the same names everywhere; a context manager."""
+    """The records of one run under the same names everywhere; a context manager.
+
+    Earlier records of steps after `start` are dropped, because these steps, up to `stop`, are done again.
+    """
 
     def __init__(self, run: RunDir, *, start: int, stop: int):
-        """
-        Args:
-          run: the run's folder.
-          start: finished steps; records of later steps are dropped, because these are done again.
-          stop: steps of the whole run.
-        """
         self._stop = stop
         self._first: tuple[int, float] | None = None  # first step and its time: before it, XLA compiles
         kept = [line for line in complete_lines(run.metrics_file) if json.loads(line)["step"] <= start]
         write_text(run.metrics_file, "".join(kept))
         self._metrics = run.metrics_file.open("a", buffering=1)
         self._log = run.log_file.open("a", buffering=1)
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(run.path), purge_step=start + 1, filename_suffix=f".from_step_{start}"
-        )
+        suffix = f".from_step_{start}"
+        self._tensorboard = tensorboardX.SummaryWriter(str(run.path), purge_step=start + 1, filename_suffix=suffix)
         self._name = run.name
-        self._bar = ProgressBar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}  {task.fields[speed]}"),
-            TimeRemainingColumn(),
-            disable=not sys.stdout.isatty(),
-        )
+        values = TextColumn("{task.fields[loss]}  {task.fields[speed]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), values, TimeRemainingColumn())
+        self._bar = ProgressBar(*columns, disable=not sys.stdout.isatty())
         self._task = self._bar.add_task(self._name, total=stop, completed=start, loss="", speed="")
 
     def __enter__(self) -> Self:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         try:
             if error is not None:
                 self.log(f"stopped: {error!r}")
@@ -168,12 +146,7 @@ class MetricWriter:
 
 
 def profiled(batches: Iterator[Batch], steps: int, folder: Path) -> Iterator[Batch]:
-    """Yield the same batches, and record a profile of some steps for TensorBoard and Perfetto.
-
-    Args:
-      steps: how many steps after the `COMPILING_STEPS`; 0 for none.
-      folder: where `plugins/profile/` is made.
-    """
+    """Yield the same batches, and profile `steps` of them, after `COMPILING_STEPS`, for TensorBoard and Perfetto."""
     with contextlib.ExitStack() as recording:
         for number, batch in enumerate(batches):
             if number == COMPILING_STEPS and steps:
@@ -187,9 +160,7 @@ class Timer:
     """The timing of a run, kept in its `Progress`."""
 
     def __init__(self, progress: Progress):
-        self._progress = progress
-        self._before = progress.seconds
-        self._start = time.monotonic()
+        self._progress, self._before, self._start = progress, progress.seconds, time.monotonic()
         self._mark: float | None = None  # up to when training time is booked; None until the step is compiled
         self._lap = (progress.images, progress.training_seconds, progress.waiting_seconds)
         self._warned = False
@@ -245,11 +216,7 @@ class Timer:
         }
 
     def warning(self, config: ConfigDict) -> str | None:
-        """Return what to change, the first time that the run has waited too long for images.
-
-        Args:
-          config: the `data` section of a config.
-        """
+        """Return what to change in the `data` section, the first time that the run has waited too long for images."""
         fraction = self.totals()["data/wait_fraction"]
         if self._warned or fraction <= TOLERABLE_WAIT:
             return None

@@ -1,7 +1,7 @@
-"""AlexNet, written once: what one tower computes under the named axis ``"tower"``.
+"""AlexNet, written once: what one tower computes under the named axis `"tower"`.
 
-An executor (``parallel.py``) maps this function over the towers. They communicate only where a layer sees all of them:
-there the channels of all towers are gathered. The layers are data (``configs/base.py``): a new AlexNet is a config.
+An executor (`parallel.py`) maps this function over the towers. They communicate only where a layer sees all of them:
+there the channels of all towers are gathered. The layers are data (`configs/base.py`): a new AlexNet is a config.
 """
 
 import functools
@@ -29,25 +29,17 @@ _SAMPLERS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray
 
 
 class AlexNet(nn.Module):
-    """One tower of AlexNet (paper, section 3.5 and figure 2).
+    """One tower of AlexNet (paper, section 3.5 and figure 2)."""
 
-    Attributes:
-      config: the ``model`` section of a config.
-      classes: number of classes, the features of the layer whose ``features`` is None.
-    """
-
-    config: ConfigDict
-    classes: int
+    config: ConfigDict  # the `model` section
+    classes: int  # the features of the layer whose `features` is None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Compute logits (batch, classes), on every tower, from images (batch, height, width, channels).
 
-        Needs the axis ``"tower"``; in training also ``"data"``, over which the batch is sharded, and an rng named
-        "dropout", which should differ between towers.
-
-        Raises:
-          ValueError: a kernel or a pooling window does not fit its feature map.
+        Needs the axis `"tower"`; in training also `"data"`, over which the batch is sharded, and an rng named
+        "dropout", which should differ between towers. Raises ValueError if a kernel or a pooling window does not fit.
         """
         x = images
         for name in self.config.order:
@@ -70,12 +62,9 @@ class AlexNet(nn.Module):
         layer = self.config.layers[name]
         features = self.classes if layer.features is None else layer.features
         features = -(-features // lax.axis_size(TOWER))  # rounded up: the logits are cut to the classes
-        options: dict[str, Any] = {
-            "name": name,
-            "dtype": self.config.dtype,  # of the computation; parameters are float32
-            "kernel_init": nn.initializers.zeros,  # `init` samples the values
-            "bias_init": nn.initializers.zeros,
-        }
+        zeros = nn.initializers.zeros  # `init` samples the values
+        # The dtype is that of the computation; parameters are float32.
+        options: dict[str, Any] = {"name": name, "dtype": self.config.dtype, "kernel_init": zeros, "bias_init": zeros}
         if layer.kind == "dense":
             dense = nn.Dense(features, **options)
             return dense(x.reshape(x.shape[0], -1))
@@ -103,13 +92,8 @@ class AlexNet(nn.Module):
             case "spatial_lrn":
                 return layers.spatial_lrn(x, **config.lrn.spatial)
             case "batch_norm":
-                normalise = nn.BatchNorm(
-                    use_running_average=not train,
-                    axis_name=DATA if train else None,
-                    dtype=config.dtype,
-                    name=f"{name}_batch_norm",
-                    **config.batch_norm,
-                )
+                options: dict[str, Any] = dict(config.batch_norm, name=f"{name}_batch_norm", dtype=config.dtype)
+                normalise = nn.BatchNorm(use_running_average=not train, axis_name=DATA if train else None, **options)
                 return normalise(x)
             case "max_pool" | "avg_pool":
                 return getattr(layers, operation)(x, **config.pool)
@@ -132,7 +116,7 @@ class AlexNet(nn.Module):
         return jnp.where(mask, x / kept if inverted else x, 0)
 
     def _lrn(self, name: str, x: jax.Array) -> jax.Array:
-        """Normalise over neighbouring channels: of this tower, or, with ``lrn.sees="all"``, across its borders."""
+        """Normalise over neighbouring channels: of this tower, or, with `lrn.sees="all"`, across its borders."""
         lrn = self.config.lrn
         normalise = partial(layers.lrn, n=lrn.n, k=lrn.k, alpha=lrn.alpha, beta=lrn.beta)
         if lrn.sees == "own":
@@ -148,15 +132,13 @@ class AlexNet(nn.Module):
 
 
 def shapes(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Return the variables as ``jax.ShapeDtypeStruct``, each with a leading axis of ``config.towers``.
+    """Return the variables as `jax.ShapeDtypeStruct`, each with a leading axis of `config.towers`.
+
+    They are `{"params": ...}`, and `"batch_stats"` if a layer has batch normalisation.
 
     Args:
-      config: the ``model`` section.
-      classes: number of classes.
+      config: the `model` section.
       image_shape: (height, width, channels) of the network's input, that is after cropping.
-
-    Returns:
-      ``{"params": ...}``, and ``"batch_stats"`` if a layer has batch normalisation.
 
     Raises:
       ValueError: a kernel or a pooling window does not fit its feature map.
@@ -170,19 +152,17 @@ def _shapes(config: FrozenConfigDict, classes: int, image_shape: tuple[int, int,
 
 
 def init(config: ConfigDict, classes: int, image_shape: tuple[int, int, int], seed: int) -> dict[str, Any]:
-    """Return initial variables, NumPy arrays, each with a leading axis of ``config.towers`` (paper, section 5).
+    """Return initial variables, NumPy arrays, each with a leading axis of `config.towers` (paper, section 5).
 
     Kernels and biases of layers depend on the seed, the tower, the layer's name and the shape only: networks that
     share a layer start from the same weights there, on any device, without compiling anything. All other variables
-    have their module's own initial values. Arguments and errors are those of ``shapes``.
+    have their module's own initial values. Arguments and errors are those of `shapes`.
     """
     variables = traverse_util.flatten_dict(shapes(config, classes, image_shape))
     for name in config.order:
         paths = [("params", name, part) for part in ("kernel", "bias")]
-        towers = [
-            _sample(config, name, (seed, tower), *(variables[path].shape[1:] for path in paths))
-            for tower in range(config.towers)
-        ]
+        kernel, bias = (variables[path].shape[1:] for path in paths)
+        towers = [_sample(config, name, (seed, tower), kernel, bias) for tower in range(config.towers)]
         for path, values in zip(paths, zip(*towers, strict=True), strict=True):
             variables[path] = np.stack(values)
     if missing := {path for path, value in variables.items() if not isinstance(value, np.ndarray)}:
@@ -201,9 +181,7 @@ def count_parameters(params: dict[str, Any]) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _flax_init(
-    config: ConfigDict | FrozenConfigDict, classes: int, image_shape: tuple[int, int, int]
-) -> Callable[[jax.Array], Any]:
+def _flax_init(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> Callable[[jax.Array], Any]:
     """Return a function from a seed to the variables of all towers, with the values of their modules' initialisers."""
     model = AlexNet(config, classes)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)

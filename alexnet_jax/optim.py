@@ -7,48 +7,39 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 KERNEL, BIAS = "kernel", "bias"
 
 
 class _Rule(NamedTuple):
-    """How a parameter is updated, where parameters can differ.
+    """How a parameter is updated, where parameters can differ."""
 
-    Attributes:
-      multiplier: of ``optim.learning_rate``.
-      weight_decay: times the parameter.
-      decay_epochs: when the learning rate decays.
-      decay_factor: what it is multiplied by then.
-      freeze_epoch: from when on it is 0; None: never.
-    """
-
-    multiplier: float
+    multiplier: float  # of `optim.learning_rate`
     weight_decay: float
-    decay_epochs: tuple[float, ...]
+    decay_epochs: tuple[float, ...]  # when the learning rate is multiplied by the decay factor
     decay_factor: float
-    freeze_epoch: float | None = None
+    freeze_epoch: float | None = None  # from when on the learning rate is 0; None: never
 
 
 def make_optimizer(
     config: ConfigDict, layers: ConfigDict, steps_per_epoch: float, steps: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer of ``optim.name``.
+    """Return the optimizer of `optim.name`.
 
-    "paper" is ``v <- momentum * v - lr * (g + decay * w);  w <- w + v`` (paper, section 5): the learning rate is inside
+    "paper" is `v <- momentum * v - lr * (g + decay * w);  w <- w + v` (paper, section 5): the learning rate is inside
     the velocity, so after a decay step the old velocity fades over some steps, as does that of a frozen layer. "sgd"
     and "adamw" multiply the whole update by the current learning rate, as PyTorch does.
 
+    Its `update(gradients, state, params, plateau_decays=0)` counts its steps. Its state is a pytree of arrays.
+
     Args:
-      config: the ``optim`` section.
-      layers: ``model.layers``; a layer may have its own weight decay, decay epochs and freeze epoch. What is not the
-        kernel of a layer follows ``optim.biases``.
+      config: the `optim` section.
+      layers: `model.layers`; a layer may have its own weight decay, decay epochs and freeze epoch. What is not the
+        kernel of a layer follows `optim.biases`.
       steps_per_epoch: need not be an integer.
       steps: of the whole run, at which the cosine schedule is 0.
-
-    Returns:
-      A transformation whose ``update(gradients, state, params, plateau_decays=0)`` counts its steps. Its state is a
-      pytree of arrays.
     """
     labels = {_rule(config): KERNEL}
     other = labels.setdefault(_bias_rule(config), BIAS)
@@ -71,46 +62,26 @@ def make_optimizer(
 
 
 def learning_rate(
-    config: ConfigDict,
-    steps_per_epoch: float,
-    steps: int,
-    step: jax.typing.ArrayLike,
-    plateau_decays: jax.typing.ArrayLike = 0,
+    config: ConfigDict, steps_per_epoch: float, steps: int, step: ArrayLike, plateau_decays: ArrayLike = 0
 ) -> jax.Array:
-    """Return the base learning rate at a step, counted from 0.
-
-    Args:
-      config: the ``optim`` section.
-      steps_per_epoch: need not be an integer.
-      steps: of the whole run.
-      step: counted from 0.
-      plateau_decays: ``Plateau.decays``.
-    """
+    """Return the base learning rate at a step, counted from 0; other arguments are those of `make_optimizer`."""
     schedule = _schedule(config, _rule(config), steps_per_epoch, steps)
     return schedule(jnp.asarray(step)) * _plateau_factor(config, plateau_decays)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plateau:
-    """When to decay the learning rate because the validation error has stopped falling (paper, section 5).
+    """When to decay the learning rate because the validation error has stopped falling (paper, section 5)."""
 
-    Attributes:
-      best: the lowest error so far; None before the first evaluation.
-      evaluations: since the lowest error or the last decay.
-      decays: of the learning rate so far.
-    """
-
-    best: float | None = None
-    evaluations: int = 0
-    decays: int = 0
+    best: float | None = None  # the lowest error so far; None before the first evaluation
+    evaluations: int = 0  # since the lowest error or the last decay
+    decays: int = 0  # of the learning rate so far
 
     def after(self, error: float, config: ConfigDict) -> Self:
-        """Return the state after one more evaluation.
+        """Return the state after one more validation error.
 
-        Args:
-          error: of the validation set.
-          config: ``optim.plateau``: decays after ``patience`` evaluations (0: never) without a lower error, at most
-            ``max_decays`` times.
+        As `optim.plateau` says, decay after `patience` evaluations (0: never) without a lower error, at most
+        `max_decays` times.
         """
         if self.best is None or error < self.best:
             return dataclasses.replace(self, best=error, evaluations=0)
@@ -163,7 +134,7 @@ def _scale_by_learning_rate(config: ConfigDict, schedule: optax.Schedule) -> opt
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
     def update(
-        updates: Any, state: optax.ScaleByScheduleState, _: Any = None, *, plateau_decays: jax.typing.ArrayLike = 0
+        updates: Any, state: optax.ScaleByScheduleState, _: Any = None, *, plateau_decays: ArrayLike = 0
     ) -> tuple[Any, optax.ScaleByScheduleState]:
         rate = schedule(state.count) * _plateau_factor(config, plateau_decays)
         return jax.tree.map(lambda leaf: -rate * leaf, updates), optax.ScaleByScheduleState(state.count + 1)
@@ -182,8 +153,7 @@ def _schedule(config: ConfigDict, rule: _Rule, steps_per_epoch: float, steps: in
         cosine = optax.cosine_decay_schedule(1.0, max(1, steps - warmup))
         factors = [lambda step: cosine(jnp.maximum(0, step - warmup))]
     else:
-        # Two decays may be at the same step.
-        at = [first_step(epoch) for epoch in rule.decay_epochs]
+        at = [first_step(epoch) for epoch in rule.decay_epochs]  # two decays may be at the same step
         factors = [optax.piecewise_constant_schedule(1.0, {step: rule.decay_factor ** at.count(step) for step in at})]
     if warmup:
         factors.append(optax.linear_schedule(0.0, 1.0, warmup))
@@ -193,5 +163,5 @@ def _schedule(config: ConfigDict, rule: _Rule, steps_per_epoch: float, steps: in
     return lambda step: math.prod((factor(step) for factor in factors), start=peak)
 
 
-def _plateau_factor(config: ConfigDict, plateau_decays: jax.typing.ArrayLike) -> jax.Array:
+def _plateau_factor(config: ConfigDict, plateau_decays: ArrayLike) -> jax.Array:
     return jnp.float32(config.decay_factor) ** jnp.asarray(plateau_decays)

@@ -30,6 +30,9 @@ CPU_COMPILER_OPTIONS = {"pmap": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_M
 
 _TIMEOUT_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds"
 
+Axes = tuple[str | None, ...]  # `TOWER`, `DATA` or None, for each argument
+OutAxes = str | None | Axes
+
 
 def initialize(towers: int) -> None:
     """Prepare JAX for a command: CPU devices for the towers, and the persistent compilation cache.
@@ -59,17 +62,11 @@ def ensure_host_devices(towers: int) -> None:
 
 @dataclass(frozen=True)
 class Executor:
-    """A way to run per-tower functions over the axes `TOWER` and `DATA`; equal executors run equal programs.
+    """A way to run per-tower functions over the axes `TOWER` and `DATA`; equal executors run equal programs."""
 
-    Attributes:
-      name: "vmap", "pmap" or "shard_map".
-      towers: size of the tower axis.
-      shards: size of the data axis; 1 unless the name is "shard_map".
-    """
-
-    name: str
-    towers: int
-    shards: int = 1
+    name: str  # "vmap", "pmap" or "shard_map"
+    towers: int  # size of the tower axis
+    shards: int = 1  # size of the data axis; 1 unless the name is "shard_map"
 
     @functools.cached_property
     def devices(self) -> list[jax.Device]:
@@ -97,14 +94,12 @@ class Executor:
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
 
     def map(
-        self,
-        function: Callable,
-        *,
-        in_axes: tuple[str | None, ...],
-        out_axes: str | tuple[str | None, ...] | None,
-        donate_argnums: tuple[int, ...] = (),
+        self, function: Callable, *, in_axes: Axes, out_axes: OutAxes, donate_argnums: tuple[int, ...] = ()
     ) -> Callable:
         """Return the compiled function of all towers and shards.
+
+        On several CPU devices it waits for its result; without the wait it is `__wrapped__`. JAX refuses to trace it
+        inside another `jit` where it has compiler options (pmap on CPUs).
 
         Args:
           function: what one tower computes of one shard of the batch.
@@ -113,10 +108,6 @@ class Executor:
           out_axes: the same of the result, or of each element of a tuple. With `DATA` or None it must be equal on all
             towers; with `TOWER` or None on all shards.
           donate_argnums: arguments whose memory the result may reuse.
-
-        Returns:
-          The compiled function. On several CPU devices it waits for its result; without the wait it is `__wrapped__`.
-          JAX refuses to trace it inside another `jit` where it has compiler options (pmap on CPUs).
         """
         on_cpu = self.devices[0].platform == "cpu"
         options: dict[str, Any] = {"compiler_options": CPU_COMPILER_OPTIONS.get(self.name) if on_cpu else None}
@@ -125,15 +116,11 @@ class Executor:
         else:
             one_shard = jax.vmap(function, axis_name=DATA, axis_size=1, in_axes=None, out_axes=None)
             tower_axes = {TOWER: 0, DATA: None, None: None}
-            over_towers: dict[str, Any] = {
-                "axis_name": TOWER,
-                "in_axes": tuple(tower_axes[axis] for axis in in_axes),
-                "out_axes": _for_each(tower_axes.get, out_axes),
-            }
+            ins, outs = (_for_each(tower_axes.get, axes) for axes in (in_axes, out_axes))
             if self.name == "pmap":
-                mapped = jax.pmap(one_shard, **over_towers, devices=self.devices)
+                mapped = jax.pmap(one_shard, TOWER, in_axes=ins, out_axes=outs, devices=self.devices)
             else:
-                mapped = jax.vmap(one_shard, **over_towers, axis_size=self.towers)
+                mapped = jax.vmap(one_shard, ins, outs, axis_name=TOWER, axis_size=self.towers)
         compiled = jax.jit(mapped, donate_argnums=donate_argnums, **options)
         if len(self.devices) == 1 or not on_cpu:
             return compiled
@@ -147,48 +134,38 @@ class Executor:
         return call
 
     def _over_mesh(
-        self, function: Callable, in_axes: tuple[str | None, ...], out_axes: str | tuple[str | None, ...] | None
+        self, function: Callable, in_axes: Axes, out_axes: OutAxes
     ) -> tuple[Callable, tuple[NamedSharding, ...]]:
         """Return the function over the mesh of shards and towers, and the shardings of its arguments."""
         specs = {axis: PartitionSpec(axis) if axis else PartitionSpec() for axis in (TOWER, DATA, None)}
+        in_specs, out_specs = (_for_each(specs.get, axes) for axes in (in_axes, out_axes))
 
-        def squeeze(argument: Any, axis: str | None) -> Any:
+        def squeeze(axis: str | None, argument: Any) -> Any:
             return jax.tree.map(lambda leaf: leaf[0], argument) if axis == TOWER else argument
 
         def expand(axis: str | None, result: Any) -> Any:
             return jax.tree.map(lambda leaf: leaf[None], result) if axis == TOWER else result
 
         def on_device(*arguments: Any) -> Any:
-            result = function(*map(squeeze, arguments, in_axes))
-            if isinstance(out_axes, tuple):
-                return tuple(map(expand, out_axes, result))
-            return expand(out_axes, result)
+            result = function(*_for_each(squeeze, in_axes, arguments))
+            return _for_each(expand, out_axes, result)
 
-        in_specs = tuple(specs[axis] for axis in in_axes)
-        mapped = jax.shard_map(
-            on_device,
-            mesh=self._mesh,
-            in_specs=in_specs,
-            out_specs=_for_each(specs.get, out_axes),
-            check_vma=False,  # gradients follow pmap's rule
-        )
+        # Without check_vma, gradients follow pmap's rule.
+        mapped = jax.shard_map(on_device, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return mapped, tuple(NamedSharding(self._mesh, spec) for spec in in_specs)
 
 
-def _for_each(function: Callable, axes: str | tuple[str | None, ...] | None) -> Any:
-    """Apply a function to an axis, or to each of a tuple of axes."""
-    return tuple(map(function, axes)) if isinstance(axes, tuple) else function(axes)
+def _for_each(function: Callable, axes: OutAxes, *values: Any) -> Any:
+    """Apply a function to an axis and values, or to each of a tuple of axes and the elements of the values."""
+    return tuple(map(function, axes, *values)) if isinstance(axes, tuple) else function(axes, *values)
 
 
 def make_executor(name: str, towers: int, batch_size: int) -> Executor:
-    """Choose the executor of a run.
+    """Choose the executor of a run; raise ValueError if pmap or shard_map has fewer devices than towers.
 
     Args:
       name: "vmap", "pmap", "shard_map", or "auto": the last of them that has enough devices and uses several.
       batch_size: the batch is sharded over as many devices as divide it.
-
-    Raises:
-      ValueError: pmap or shard_map is requested and there are fewer devices than towers.
     """
     devices = jax.local_devices()
     per_tower = len(devices) // towers
@@ -213,10 +190,5 @@ def global_positions(count: int) -> jax.Array:
 
 
 def per_example(draw: Callable[[jax.Array], jax.Array], key: jax.Array, positions: jax.Array) -> jax.Array:
-    """Sample for each example from the key and its position in the whole batch, so that sharding changes nothing.
-
-    Args:
-      draw: from an example's key to its sample.
-      positions: int (examples,), as from `global_positions`.
-    """
+    """Sample for each example with a key of its position in the whole batch, so that sharding changes nothing."""
     return jax.vmap(lambda position: draw(jax.random.fold_in(key, position)))(positions)

@@ -37,14 +37,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _read_umask() -> int:
-    """Return the process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _read_umask()
+_UMASK = os.umask(0)  # the process's file mode mask, which can only be read by setting it
+os.umask(_UMASK)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,37 +65,21 @@ def complete_lines(path: Path) -> list[str]:
 
 
 class RunDir:
-    """The folder of one run.
-
-    Attributes:
-      path: the folder.
-      name: its last two parts, such as "lrn/seed_0".
-      config_file: the run's config; resuming with another one is refused.
-      dataset_file: metadata of the dataset (name, classes, sizes), for tools that run without it.
-      statistics_file: mean image and colour axes that the network's input is normalised with.
-      environment_file: versions, machine, devices, git commit.
-      metrics_file: one JSON object per logged step.
-      log_file: the run's messages.
-      filters_file: the first layer's filters after training.
-      by_class_file: the final error of each class.
-      result_file: the final metrics; it exists only if the run is finished.
-      failure_file: the error that ended a failed run.
-      checkpoints: the folder of checkpoints.
-    """
+    """The folder of one run."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.name = "/".join(self.path.absolute().parts[-2:])
-        self.config_file = self.path / "config.json"
-        self.dataset_file = self.path / "dataset.json"
-        self.statistics_file = self.path / "statistics.npz"
-        self.environment_file = self.path / "env.json"
-        self.metrics_file = self.path / "metrics.jsonl"
+        self.name = "/".join(self.path.absolute().parts[-2:])  # such as "lrn/seed_0"
+        self.config_file = self.path / "config.json"  # resuming with another config is refused
+        self.dataset_file = self.path / "dataset.json"  # name, classes, sizes: for tools that run without the dataset
+        self.statistics_file = self.path / "statistics.npz"  # what the network's input is normalised with
+        self.environment_file = self.path / "env.json"  # versions, machine, devices, git commit
+        self.metrics_file = self.path / "metrics.jsonl"  # one JSON object per logged step
         self.log_file = self.path / "train.log"
-        self.filters_file = self.path / "filters.npy"
-        self.by_class_file = self.path / "by_class.json"
-        self.result_file = self.path / "result.json"
-        self.failure_file = self.path / "failure.json"
+        self.filters_file = self.path / "filters.npy"  # of the first layer, after training
+        self.by_class_file = self.path / "by_class.json"  # the final error of each class
+        self.result_file = self.path / "result.json"  # the final metrics; exists only if the run is finished
+        self.failure_file = self.path / "failure.json"  # the error that ended a failed run
         self.checkpoints = self.path / "checkpoints"
 
     @property
@@ -119,11 +97,7 @@ class RunDir:
         return "unfinished" if self.path.exists() else "not started"
 
     def read_config(self) -> ConfigDict | None:
-        """Return the run's config, or None if the folder has none.
-
-        Raises:
-          ValueError: the config was written by a version with other fields.
-        """
+        """Return the run's config, or None; raise ValueError if it is of a version with other fields."""
         values = read_json(self.config_file)
         try:
             return None if values is None else from_json(values)
@@ -135,10 +109,7 @@ class RunDir:
         return [json.loads(line) for line in complete_lines(self.metrics_file)]
 
     def check(self, config: dict[str, Any]) -> None:
-        """Check that the folder is free for a config, or already belongs to it.
-
-        Args:
-          config: nested dictionaries, as from `config.as_json`.
+        """Check that the folder is free for a config, as from `config.as_json`, or already belongs to it.
 
         Raises:
           ValueError: the folder holds a run of another config, or of a version with other fields.
@@ -147,11 +118,8 @@ class RunDir:
         existing = read_json(self.config_file)
         if existing is not None and existing != config:
             old, new = flatten(existing), flatten(config)
-            changes = [
-                f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
-                for key in sorted(old | new)
-                if old.get(key) != new.get(key)
-            ]
+            changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+            changes = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
             raise ValueError(
                 f"{self.path} holds a run of another config ({'; '.join(changes)}): "
                 "choose another --workdir, or delete that folder to start again"
@@ -159,21 +127,13 @@ class RunDir:
 
 
 class StudyDir:
-    """The folder of a study, with a folder for each of its runs.
-
-    Attributes:
-      path: the folder.
-      study_file: name, arms, sizes, seeds, claims and tuned values, for the report.
-      results_file: a row for each run.
-      curves_file: a row for each logged step of each run.
-      report_file: the report.
-    """
+    """The folder of a study, with a folder for each of its runs."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.study_file = self.path / "study.json"
-        self.results_file = self.path / "results.csv"
-        self.curves_file = self.path / "curves.csv"
+        self.study_file = self.path / "study.json"  # name, arms, sizes, seeds, claims and tuned values, for the report
+        self.results_file = self.path / "results.csv"  # a row for each run
+        self.curves_file = self.path / "curves.csv"  # a row for each logged step of each run
         self.report_file = self.path / "report.html"
 
     def run(self, arm: str, seed: int) -> RunDir:
@@ -185,11 +145,7 @@ class StudyDir:
         return RunDir(self.path / arm / f"{key.rpartition('.')[2]}_{value}" / f"seed_{seed}")
 
     def read(self) -> dict[str, Any]:
-        """Return the contents of study.json.
-
-        Raises:
-          ValueError: the folder is not a study's.
-        """
+        """Return the contents of study.json; raise ValueError if there is none."""
         study = read_json(self.study_file)
         if study is None:
             raise ValueError(
@@ -222,10 +178,8 @@ def environment() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str:
     """Return git's output for the repository of this file, or "" outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip()

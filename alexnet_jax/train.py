@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
+from jax import Array, lax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from alexnet_jax import figures, model, optim
@@ -32,19 +32,12 @@ from alexnet_jax.run_dir import RunDir, atomic_write, environment, write_json
 
 
 class State(flax.struct.PyTreeNode):
-    """What a training step changes. Outside the step every array has a leading tower axis.
+    """What a training step changes. Outside the step every array has a leading tower axis."""
 
-    Attributes:
-      params: parameters, by layer and name.
-      batch_stats: running averages of batch normalisation; empty without it.
-      opt_state: state of the optimiser.
-      sums: loss, errors and number of the images since metrics were last logged.
-    """
-
-    params: Any
-    batch_stats: Any
+    params: Any  # by layer and name
+    batch_stats: Any  # running averages of batch normalisation; empty without it
     opt_state: Any
-    sums: dict[str, Any]
+    sums: dict[str, Any]  # loss, errors and number of the images since metrics were last logged
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -54,13 +47,7 @@ class State(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run needs besides its folder: config, dataset and executor, which fit each other.
-
-    Attributes:
-      config: of one run.
-      dataset: the images.
-      executor: how towers and shards of the batch run on the devices.
-    """
+    """What a run needs besides its folder: config, dataset and executor, which fit each other."""
 
     config: ConfigDict
     dataset: Dataset
@@ -85,11 +72,7 @@ class Setup:
 
 
 def open_run(config: ConfigDict) -> Setup:
-    """Open what a run needs, and check that it can run before anything expensive.
-
-    Raises:
-      ValueError: a value, the dataset, the devices or the shapes do not fit; the message has the remedy.
-    """
+    """Open what a run needs, before anything expensive; raise ValueError if config, data and devices do not fit."""
     validate(config)
     dataset = datasets.load(config.data)
     if config.train.batch_size > len(dataset.train):
@@ -153,12 +136,7 @@ def _train_step(
     noise_until = config.data.augment.code2012.noise_until_epoch
 
     def tower_step(
-        state: State,
-        batch: dict[str, jax.Array],
-        statistics: Statistics,
-        seed: jax.Array,
-        step: jax.Array,
-        plateau_decays: jax.Array,
+        state: State, batch: dict[str, Array], statistics: Statistics, seed: Array, step: Array, plateau_decays: Array
     ) -> State:
         views_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
         noise_on = noise_until is None or step - 1 < round(noise_until * steps_per_epoch)
@@ -167,7 +145,7 @@ def _train_step(
         rngs = {"dropout": jax.random.fold_in(dropout_key, lax.axis_index(TOWER))}
         batch_size = len(batch["label"]) * lax.axis_size(DATA)
 
-        def tower_loss(params: Any) -> tuple[jax.Array, Any]:
+        def tower_loss(params: Any) -> tuple[Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
             logits, updated = network.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
             metrics = per_example_metrics(logits, batch["label"], config.train.label_smoothing)
@@ -189,6 +167,17 @@ def _train_step(
     return executor.map(tower_step, in_axes=(TOWER, DATA, None, None, None, None), out_axes=TOWER, donate_argnums=(0,))
 
 
+def make_evaluator(setup: Setup) -> Callable[[State, Statistics], dict[str, Outcomes]]:
+    """Return the function that evaluates a state on every part of `Setup.evaluated`; its program is shared, too."""
+    predictor = make_predictor(setup.config, setup.dataset.classes, setup.executor)
+
+    def evaluate_all(state: State, statistics: Statistics) -> dict[str, Outcomes]:
+        predict = functools.partial(predictor, state.variables, statistics)
+        return {part: evaluate([predict], images, setup.config) for part, images in setup.evaluated.items()}
+
+    return evaluate_all
+
+
 def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train a network, or resume training it, and evaluate it.
 
@@ -198,7 +187,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
       labels: names of the run in TensorBoard's hparams tab, such as its arm and seed.
 
     Returns:
-      The result, as in result.json: the last metrics (errors are fractions of 1), steps, parameters, seconds.
+      The contents of result.json: the last metrics (errors are fractions of 1), steps, parameters, seconds.
 
     Raises:
       ValueError: the config cannot run, or the folder holds a run of another config.
@@ -211,8 +200,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
         return run.result
     setup = open_run(config)
     stats = setup.executor.replicate(_start(run, setup))
-    train_step, evaluate_all = make_train_step(setup), make_evaluator(setup, stats)
     executor, steps, epoch = setup.executor, setup.steps, setup.steps_per_epoch
+    train_step, evaluate_all = make_train_step(setup), make_evaluator(setup)
     with Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints, _stop_requested() as stop:
         state, progress = executor.place(init_state(setup)), Progress()
         if restored := checkpoints.restore(state):
@@ -240,7 +229,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                         state = state.replace(sums=executor.place(_no_sums(config.model.towers)))
                 if last or _crosses_multiple(step, epoch * config.eval.every_epochs):
                     with timer.paused(state):
-                        outcomes = evaluate_all(state)
+                        outcomes = evaluate_all(state, stats)
                         filters = jax.device_get(state.params[config.model.order[0]]["kernel"])
                         scores = {f"{part}/{k}": v for part, each in outcomes.items() for k, v in each.means().items()}
                         scores |= figures.colour_metrics(filters)
@@ -269,34 +258,21 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
     return result
 
 
-def make_evaluator(setup: Setup, stats: Statistics) -> Callable[[State], dict[str, Outcomes]]:
-    """Return the function that evaluates a state on every part of `Setup.evaluated`."""
-    predictor = make_predictor(setup.config, setup.dataset.classes, setup.executor)
-
-    def evaluate_all(state: State) -> dict[str, Outcomes]:
-        predict = functools.partial(predictor, state.variables, stats)
-        return {part: evaluate([predict], source, setup.config) for part, source in setup.evaluated.items()}
-
-    return evaluate_all
-
-
 def _start(run: RunDir, setup: Setup) -> Statistics:
     """Write the files that describe a run, and return its dataset statistics."""
     config, dataset = setup.config, setup.dataset
     devices = [str(device) for device in setup.executor.devices]
+    metadata = {
+        "name": config.data.name,
+        "classes": dataset.classes,
+        "class_names": list(dataset.class_names),
+        "train_images": len(dataset.train),
+        "validation_images": len(dataset.validation or ()),
+        "eval_split": config.data.eval_split,
+        "eval_images": len(dataset.evaluation),
+    }
     write_json(run.config_file, as_json(config))
-    write_json(
-        run.dataset_file,
-        {
-            "name": config.data.name,
-            "classes": dataset.classes,
-            "class_names": list(dataset.class_names),
-            "train_images": len(dataset.train),
-            "validation_images": len(dataset.validation or ()),
-            "eval_split": config.data.eval_split,
-            "eval_images": len(dataset.evaluation),
-        },
-    )
+    write_json(run.dataset_file, metadata)
     stats = statistics.load_or_measure(run.statistics_file, dataset, config.data)
     write_json(run.environment_file, environment() | {"executor": setup.executor.name, "devices": devices})
     return stats
@@ -328,11 +304,7 @@ def _write_artifacts(run: RunDir, writer: MetricWriter, setup: Setup, outcomes: 
 
 
 def _mean_metrics(state: State, step: int) -> dict[str, float]:
-    """Return mean training loss and errors since they were last logged; nothing if no image was seen since.
-
-    Raises:
-      FloatingPointError: the loss is not finite.
-    """
+    """Return mean training loss and errors since they were last logged; raise FloatingPointError if not finite."""
     totals = {name: float(total[0]) for name, total in jax.device_get(state.sums).items()}
     images = totals.pop("images")
     if not math.isfinite(totals["loss"]):

@@ -23,13 +23,14 @@ ALL_IN_ONE = "contributions"  # the study that repeats the claims of the others
 
 
 def list_studies() -> list[Path]:
-    """Return the folders of the studies, in the order of the paper's sections; the one that repeats them is last."""
+    """Return the folders of the studies with claims, in the order of the paper's sections; ALL_IN_ONE is last."""
 
     def key(folder: Path) -> tuple[bool, str, str]:
         sources = [claim["source"] for claim in analysis.load_study(folder)["claims"]]
-        return folder.name == ALL_IN_ONE, min(sources, default=""), str(folder)
+        return folder.name == ALL_IN_ONE, min(sources), str(folder)
 
-    return sorted((file.parent for file in HERE.glob("**/study.json")), key=key)
+    folders = [file.parent for file in HERE.glob("**/study.json")]
+    return sorted((folder for folder in folders if analysis.load_study(folder)["claims"]), key=key)
 
 
 def objection(study: Path, metric: str) -> str:

@@ -201,7 +201,7 @@ def test_roofline_takes_the_slower_of_arithmetic_and_memory_then_communication()
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPT, "--config=configs/networks/paper.py", *arguments]
+    command = [sys.executable, str(SCRIPT), "--config=configs/networks/paper.py", *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 

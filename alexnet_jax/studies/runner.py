@@ -29,23 +29,14 @@ TUNING_METRICS = ("validation/top1_error", "epochs_to_25")
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed.
-
-    Attributes:
-      arm: its name.
-      seed: of the run.
-      config: of the run.
-      folder: of the run.
-      labels: names in TensorBoard: arm, seed, and the fields in which the arms differ.
-      value: a tuning run's candidate value of the tuned field; None for the runs that are compared.
-    """
+    """One arm with one seed."""
 
     arm: str
     seed: int
     config: ConfigDict
     folder: RunDir
-    labels: dict[str, Any]
-    value: Any = None
+    labels: dict[str, Any]  # in TensorBoard: arm, seed, and the fields in which the arms differ
+    value: Any = None  # a tuning run's candidate value of the tuned field; None for the runs that are compared
 
     @property
     def name(self) -> str:
@@ -59,9 +50,6 @@ def plan(study: ConfigDict, workdir: Path, only: Sequence[str] = (), chosen: dic
     Args:
       only: arms; empty means all.
       chosen: by arm, the chosen value of the tuned field.
-
-    Raises:
-      ValueError: no arm, no seed or a repeated seed, or an arm changes a field that does not exist.
     """
     if not study.arms or not study.seeds or len(set(study.seeds)) < len(study.seeds):
         raise ValueError(f"arms={list(study.arms)}, seeds={study.seeds}: must be at least one each, without repeats")
@@ -76,9 +64,6 @@ def trials(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> list[R
     """Return the tuning runs, in which each arm tries every value of the tuned field; none if no field is tuned.
 
     They hold out validation images and use seeds of their own, so that nothing is chosen on what the study reports.
-
-    Raises:
-      ValueError: the tuned field does not exist, there are no choices, or a seed is also one of the study's.
     """
     tuning = study.tuning
     if not tuning.key:
@@ -90,19 +75,11 @@ def trials(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> list[R
         )
     if tuning.metric not in TUNING_METRICS:
         raise ValueError(f"tuning.metric={tuning.metric!r}: must be one of {', '.join(TUNING_METRICS)}")
-    common = {
-        "data.validation_split": study.data.validation_split or "1/20",
-        "train.epochs": tuning.epochs or study.train.epochs,
-    }
+    split, epochs = study.data.validation_split or "1/20", tuning.epochs or study.train.epochs
+    common = {"data.validation_split": split, "train.epochs": epochs}
+    folder = StudyDir(workdir)
     return [
-        _planned(
-            study,
-            arm,
-            seed,
-            StudyDir(workdir).trial(arm, tuning.key, value, seed),
-            common | {tuning.key: value},
-            value,
-        )
+        _planned(study, arm, seed, folder.trial(arm, tuning.key, value, seed), common | {tuning.key: value}, value)
         for seed in tuning.seeds
         for value in tuning.choices
         for arm in _selected(study, only)
@@ -112,9 +89,8 @@ def trials(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> list[R
 def choices(study: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Return what each arm chose that has finished its tuning runs: the value with the lowest mean of `tuning.metric`.
 
-    Returns:
-      By arm: `chosen`, the value; `scores`, the mean metric of each value (None where it was never reached or a run
-      failed), and `at_edge`, whether the chosen value is the smallest or largest: the best one may lie outside.
+    By arm: `chosen`, the value; `scores`, the mean metric of each value (None where it was never reached or a run
+    failed), and `at_edge`, whether the chosen value is the smallest or largest: the best one may lie outside.
     """
     chosen: dict[str, Any] = {}
     for arm in study.arms:
@@ -149,13 +125,7 @@ def _score(folder: RunDir, metric: str) -> float:
 def run_study(study: ConfigDict, workdir: Path | str, only: Sequence[str] = ()) -> list[Run]:
     """Run everything that is neither finished nor being run by another process, then write the report.
 
-    Args:
-      study: as from `config.load_study`.
-      workdir: the study's folder.
-      only: arms to run; empty means all.
-
-    Returns:
-      The runs that failed; their errors are in failure.json. A failed run does not stop the others.
+    A failed run does not stop the others: failed runs are returned, and their errors are in failure.json.
 
     Raises:
       ValueError: some run cannot run as configured; none was started.
@@ -183,11 +153,7 @@ def run_study(study: ConfigDict, workdir: Path | str, only: Sequence[str] = ()) 
 
 
 def print_plan(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> None:
-    """Print every run with its status and size; write nothing.
-
-    Raises:
-      ValueError: some run cannot run as configured.
-    """
+    """Print every run with its status and size; write nothing."""
     runs = trials(study, workdir, only) + plan(study, workdir, only)
     table = Table(title=f"{len(runs)} runs in {workdir}", title_justify="left")
     for column in ("run", "status", "parameters", "multiply-adds", "steps"):
@@ -201,11 +167,7 @@ def print_plan(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> No
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Parse seeds: "0:5" means 0 to 4, "0,2,4" these three.
-
-    Raises:
-      ValueError: the text is neither.
-    """
+    """Parse seeds: "0:5" means 0 to 4, "0,2,4" these three."""
     if span := re.fullmatch(r"(\d+):(\d+)", text):
         return tuple(range(int(span[1]), int(span[2])))
     if re.fullmatch(r"\d+(,\d+)*", text):
@@ -245,26 +207,20 @@ def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
     """Write study.json, which tells the report about the study."""
     tuned = choices(study, workdir)
     chosen = {arm: choice["chosen"] for arm, choice in tuned.items()}
-    write_json(
-        StudyDir(workdir).study_file,
-        {
-            "name": workdir.name,
-            "reported": f"{study.data.name}, {study.data.eval_split}",
-            "arms": {arm: _changes(study, arm, chosen) for arm in study.arms},
-            "sizes": sizes,
-            "seeds": list(study.seeds),
-            "claims": list(study.claims),
-            "tuning": {"key": study.tuning.key, "metric": study.tuning.metric, "arms": tuned},
-        },
-    )
+    description = {
+        "name": workdir.name,
+        "reported": f"{study.data.name}, {study.data.eval_split}",
+        "arms": {arm: _changes(study, arm, chosen) for arm in study.arms},
+        "sizes": sizes,
+        "seeds": list(study.seeds),
+        "claims": list(study.claims),
+        "tuning": {"key": study.tuning.key, "metric": study.tuning.metric, "arms": tuned},
+    }
+    write_json(StudyDir(workdir).study_file, description)
 
 
 def _run_all(runs: list[Run], *, wait: bool = False) -> list[Run]:
-    """Run what is not finished, and return what failed.
-
-    Args:
-      wait: return only when runs of other processes have ended, too.
-    """
+    """Run what is not finished, and return what failed; with `wait`, when runs of other processes have ended, too."""
     failed = []
     while runs:
         busy = []

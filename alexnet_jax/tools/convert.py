@@ -51,7 +51,7 @@ def grouped(network: TrainedNetwork) -> Params:
 
 
 def from_grouped(config: ConfigDict, params: Params) -> TrainedNetwork:
-    """Invert ``grouped``; pad the last layer's outputs with zeros to a multiple of the towers."""
+    """Invert `grouped`; pad the last layer's outputs with zeros to a multiple of the towers."""
     towers, head = config.model.towers, config.model.order[-1]
 
     def split(array: np.ndarray) -> np.ndarray:
@@ -62,7 +62,7 @@ def from_grouped(config: ConfigDict, params: Params) -> TrainedNetwork:
 
 
 class Caffe:
-    """Caffe's layout in ``bvlc_alexnet.npy``: ours, but with channels in the order blue, green, red."""
+    """Caffe's layout in `bvlc_alexnet.npy`: ours, but with channels in the order blue, green, red."""
 
     channels = "BGR"
 
@@ -79,12 +79,12 @@ class Caffe:
 
 
 class Torchvision:
-    """The layout of torchvision's ``alexnet``: outputs first, feature maps flattened channels first."""
+    """The layout of torchvision's `alexnet`: outputs first, feature maps flattened channels first."""
 
     channels = "RGB"
 
     def names(self, config: ConfigDict) -> dict[str, tuple[str, str]]:
-        """Return the names of each layer's kernel and bias, which number the modules of ``torch.nn.Sequential``."""
+        """Return the names of each layer's kernel and bias, which number the modules of `torch.nn.Sequential`."""
         kinds = [config.layers[layer].kind for layer in config.order]
         if kinds != ["conv"] * 5 + ["dense"] * 3:
             raise ValueError(f"model.order={config.order}: must be five conv and three dense layers, as torchvision's")
@@ -101,7 +101,7 @@ class Torchvision:
         return kernel.reshape(-1, channels, outputs).transpose(2, 1, 0).reshape(outputs, inputs)
 
     def decode(self, kernel: np.ndarray, layer: str, config: ConfigDict) -> np.ndarray:
-        """Invert ``encode``."""
+        """Invert `encode`."""
         if kernel.ndim == 4:
             return kernel.transpose(2, 3, 1, 0)
         outputs, inputs = kernel.shape
@@ -115,7 +115,7 @@ class Torchvision:
 
 
 def read_file(path: Path, config: ConfigDict) -> TrainedNetwork:
-    """Read another program's file; mean and scale of the input are those that ``write_file`` stored, else the config's.
+    """Read another program's file; mean and scale of the input are those that `write_file` stored, else the config's.
 
     A file that is damaged, holds other objects than arrays or does not fit the config raises ValueError.
     """
@@ -154,9 +154,9 @@ def read_file(path: Path, config: ConfigDict) -> TrainedNetwork:
 
 
 def write_file(path: Path, network: TrainedNetwork) -> None:
-    """Write ``.npy`` or ``.safetensors`` with mean and scale of the input: inside, or for ``.npy`` in ``.npy.json``.
+    """Write `.npy` or `.safetensors` with mean and scale of the input: inside, or for `.npy` in `.npy.json`.
 
-    A mean image is written to a file beside it, ``.statistics.npz``. A network that does not fit raises ValueError.
+    A mean image is written to a file beside it, `.statistics.npz`. A network that does not fit raises ValueError.
     """
     layout, config = _LAYOUTS[path.suffix], network.config
     encoded = _encode(layout, config, grouped(network))
@@ -207,7 +207,7 @@ def _encode(layout: Caffe | Torchvision, config: ConfigDict, params: Params) -> 
 
 
 def export(network: TrainedNetwork) -> bytes:
-    """Export ``forward`` with its weights as StableHLO, which ``jax.export.deserialize`` reads without this code.
+    """Export `forward` with its weights as StableHLO, which `jax.export.deserialize` reads without this code.
 
     It takes any batch size and runs on one device; a layer that sees its own tower only is a grouped convolution.
     """

@@ -37,7 +37,7 @@ def predict(
     Args:
       files: images of any size; resized and cropped as in preparation (paper, section 2).
       views: 1 or 10 per image; None: as the run's config.
-      neighbours: number of nearest held-out images to find, by Euclidean distance of ``features`` (section 6.1).
+      neighbours: number of nearest held-out images to find, by Euclidean distance of `features` (section 6.1).
       data_dir: folder of datasets; None: as the run's config.
 
     Raises:

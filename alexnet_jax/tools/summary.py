@@ -34,9 +34,9 @@ class Row(NamedTuple):
 
 
 def rows(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> list[Row]:
-    """Return the layers of a config's ``model`` and, for several towers, the gathering of the logits.
+    """Return the layers of a config's `model` and, for several towers, the gathering of the logits.
 
-    ``image_shape`` is (height, width, channels) after cropping. Layers that do not fit their input raise ValueError.
+    `image_shape` is (height, width, channels) after cropping. Layers that do not fit their input raise ValueError.
     """
     network, towers = model.AlexNet(config, classes), config.towers
 
