@@ -2,7 +2,7 @@
 
 The claims are those of the other studies. All arms have the same learning rate.
 
-Measured: see experiments/contributions.
+Embedded digits, 2 cores: 13 s a run; top-1 error about 3.3 % (`full`). See experiments/contributions.
 """
 
 from typing import Any

@@ -4,7 +4,8 @@ The paper, section 3.1 and figure 1: on CIFAR-10, a four-layer convolutional net
 six times faster. There is no regularisation, and the learning rates are "chosen independently to make training as fast
 as possible": each arm tunes its own by the epochs to 25 % that are then compared, with other seeds.
 
-Measured: see experiments/relu.
+Embedded digits, 2 cores: 5 to 8 s a run, after 36 trials of half that; top-1 error 4.0 % (`relu`), n = 10. See
+experiments/relu.
 """
 
 from typing import Any

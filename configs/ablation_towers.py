@@ -3,7 +3,7 @@
 The paper, section 3.2: two towers lower the top-1 error by 1.7 and the top-5 error by 1.2 points, compared with one
 column that has half the kernels in each convolutional layer but the last, and so about as many parameters (footnote 2).
 
-Measured: see experiments/towers.
+Embedded digits, 2 cores: 13 s a run; top-1 error 3.3 % (`two_crossing`), n = 10. See experiments/towers.
 """
 
 from ml_collections import ConfigDict

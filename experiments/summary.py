@@ -1,7 +1,7 @@
 """Write the tables and the forest plot of all studies' claims: python experiments/summary.py
 
 Reads the study.json and results.csv of every folder beside the script. Rewrites the tables between the markers
-`<!-- results -->` and `<!-- /results -->` in experiments/README.md (all claims) and README.md (a selection), and
+`<!-- results -->` and `<!-- /results -->` in experiments/README.md (all claims) and README.md (those that count), and
 effects.svg.
 """
 
@@ -65,7 +65,8 @@ def to_markdown(table: pd.DataFrame, folder: str) -> str:
 def tables() -> dict[Path, str]:
     """Return the table of each README: all claims, and those of `METRICS` in the studies of one contribution."""
     claims = pd.concat(map(list_claims, list_studies()), ignore_index=True)
-    short = claims[(claims["study"] != ALL_IN_ONE) & claims["metric"].isin(METRICS)]
+    counts = (claims["study"] != ALL_IN_ONE) & ~claims["verdict"].str.startswith("withdrawn")
+    short = claims[counts & claims["metric"].isin(METRICS)]
     short = short.assign(metric=short["metric"].map(METRICS)).drop(columns="margin")
     return {HERE / "README.md": to_markdown(claims, ""), HERE.parent / "README.md": to_markdown(short, "experiments/")}
 
