@@ -67,9 +67,8 @@ def main() -> None:
     )
     parser.add_argument("--version", action="version", version=f"alexnet_jax {__version__}")
     parser.add_argument("verb", choices=VERBS, metavar="VERB")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    run_verb(arguments.verb, arguments.arguments)
+    arguments = parser.parse_args(sys.argv[1:2] or ["--help"])
+    run_verb(arguments.verb, sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict, FrozenConfigDict
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from alexnet_jax import checkpoint
 from alexnet_jax.data import augment, datasets, loader
 from alexnet_jax.data.datasets import Source
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.model import AlexNet
-from alexnet_jax.parallel import DATA, TOWER, Executor, ensure_host_devices, make_executor
+from alexnet_jax.parallel import DATA, TOWER, Executor, initialize, make_executor
 from alexnet_jax.run_dir import RunDir, write_json
 
 # A compiled function (variables, statistics, images) -> array (batch, ...), for uint8 images (batch, size, size, ch).
@@ -190,12 +190,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Print a row for each run and one for their ensemble."""
     configs = [RunDir(run).read_config() for run in arguments.run]
-    ensure_host_devices(max((config.model.towers for config in configs if config), default=1))
+    initialize(max((config.model.towers for config in configs if config), default=1))
     results = evaluate_runs(arguments.run, views=arguments.views, data_dir=arguments.data_dir)
     if arguments.output:
         write_json(arguments.output, results)
     title = f"{results['data']}, {results['split']}: {results['images']:,} images, {results['views']} view(s) of each"
-    table = Table("run", title=title)
+    table = Table(Column("run", overflow="fold"), title=title)
     for column in ("top-1 error, %", "top-5 error, %", "loss, nats"):
         table.add_column(column, justify="right")
     for name, errors in results["errors"].items():

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax import lax
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from alexnet_jax import checkpoint, evaluate, figures
 from alexnet_jax.data import augment, datasets, image_io, loader
@@ -25,7 +25,7 @@ from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.evaluate import Predictor
 from alexnet_jax.figures import Prediction
 from alexnet_jax.model import AlexNet
-from alexnet_jax.parallel import TOWER, Executor, ensure_host_devices, make_executor
+from alexnet_jax.parallel import TOWER, Executor, initialize, make_executor
 from alexnet_jax.run_dir import RunDir, read_json
 
 
@@ -134,7 +134,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.neighbours < 0:
         raise ValueError(f"--neighbours={arguments.neighbours}: must be 0 or more")
     config = RunDir(arguments.run).read_config()
-    ensure_host_devices(config.model.towers if config else 1)
+    initialize(config.model.towers if config else 1)
     predictions = predict(
         arguments.run,
         arguments.images,
@@ -143,7 +143,7 @@ def main(arguments: argparse.Namespace) -> None:
         data_dir=arguments.data_dir,
     )
     figures.save(figures.figure_4(predictions), arguments.output)
-    table = Table("image", "class")
+    table = Table(Column("image", overflow="fold"), "class")
     table.add_column("probability, %", justify="right")
     for file, prediction in zip(arguments.images, predictions, strict=True):
         for name, probability in zip(prediction.classes, prediction.probabilities, strict=True):
