@@ -28,6 +28,7 @@ TOWER, DATA = "tower", "data"
 # running them in turn takes less memory and no more time; where devices shard a batch, more time (experiments/speed).
 CPU_COMPILER_OPTIONS = {"pmap": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
 
+_config: Any = jax.config  # not all versions of its types name every option
 _TIMEOUT_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds"
 
 Axes = tuple[str | None, ...]  # `TOWER`, `DATA` or None, for each argument
@@ -40,9 +41,9 @@ def initialize(towers: int) -> None:
     The cache is in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
     """
     ensure_host_devices(towers)
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+    if _config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "alexnet_jax"))
+        _config.update("jax_compilation_cache_dir", str(cache / "alexnet_jax"))
 
 
 def ensure_host_devices(towers: int) -> None:
@@ -54,10 +55,10 @@ def ensure_host_devices(towers: int) -> None:
     if _TIMEOUT_FLAG not in xla_flags:
         # XLA aborts the process when one tower waits too long for the other, as on an overloaded CPU.
         os.environ["XLA_FLAGS"] = f"{xla_flags} {_TIMEOUT_FLAG}=3600".strip()
-    if "xla_force_host_platform_device_count" in xla_flags or jax.config.jax_num_cpu_devices > 0:  # type: ignore[attr-defined]
+    if "xla_force_host_platform_device_count" in xla_flags or _config.jax_num_cpu_devices > 0:
         return
     with contextlib.suppress(RuntimeError):  # JAX is in use: `make_executor` reports missing devices
-        jax.config.update("jax_num_cpu_devices", max(towers, 2))
+        _config.update("jax_num_cpu_devices", max(towers, 2))
 
 
 @dataclass(frozen=True)

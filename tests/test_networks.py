@@ -122,7 +122,7 @@ def test_activations_sent_match_the_collectives(name: str) -> None:
     program = jax.make_jaxpr(tower, axis_env=[(TOWER, 2)])(one_tower, jnp.zeros((1, *input_shape(config))))
     # Of two towers, each needs the neighbouring channels of one side, and sends those of both.
     fraction = {"all_gather": 1.0, "ppermute": 0.5}
-    collectives = [eqn for eqn in program.eqns if eqn.primitive.name in fraction]
+    collectives: list[Any] = [eqn for eqn in program.eqns if eqn.primitive.name in fraction]
     carried = sum(eqn.invars[0].aval.size * fraction[eqn.primitive.name] for eqn in collectives)
     assert carried == sum(sum(row.sent) for row in summary_rows(name))
 

@@ -88,7 +88,8 @@ def test_mean_follows_config(prepared: Path, subtract: str) -> None:
     dataset = datasets.load(config)
     mean = statistics.measure(dataset, config).mean
     image = train_images(dataset).mean(0)
-    colour = {"mean": (1, 2, 3), "mean_pixel": image.mean((0, 1))}.get(subtract)
+    colours: dict[str, Any] = {"mean": (1, 2, 3), "mean_pixel": image.mean((0, 1))}
+    colour = colours.get(subtract)
     np.testing.assert_allclose(mean, image if colour is None else np.broadcast_to(colour, image.shape), rtol=1e-6)
     assert mean.dtype == np.float32
 
