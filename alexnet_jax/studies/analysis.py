@@ -30,6 +30,7 @@ COLUMNS = (
 )
 TARGET_ERROR = 0.25
 TEXT_COLUMNS = ("arm", "status", "metric", "claim", "verdict")  # headings of names; other columns have numbers
+NO_EFFECT = "no effect (within the margin)"
 AT_EDGE = "at the edge of the grid: the optimum may lie outside"
 
 
@@ -130,7 +131,7 @@ def claim_margin(claim: Mapping[str, Any]) -> float:
 def verdict(effects: np.ndarray, margin: float, *, higher: bool) -> str:
     """Return the verdict on a claim that the effect is positive, or negative unless `higher`, whatever its size.
 
-    "no effect" if two one-sided t-tests at 5 % show that the effect is within the margin: if its 90 % CI is.
+    `NO_EFFECT` if two one-sided t-tests at 5 % show that the effect is within the margin: if its 90 % CI is.
     Otherwise "reproduced" or "contradicted" if the 95 % CI is on one side of zero, and "inconclusive" if it contains
     zero. "too few seeds" for fewer than two pairs.
     """
@@ -138,7 +139,7 @@ def verdict(effects: np.ndarray, margin: float, *, higher: bool) -> str:
         return "too few seeds"
     _, low, high = mean_and_interval(effects, 0.90)
     if -margin < low and high < margin:
-        return "no effect"
+        return NO_EFFECT
     _, low, high = mean_and_interval(effects, 0.95)
     if low <= 0 <= high:
         return "inconclusive"

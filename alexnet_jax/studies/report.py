@@ -37,7 +37,7 @@ _TEMPLATES = jinja2.Environment(
 # CSS variables of the template, by the text of a cell in the column "verdict" or "status".
 _COLOURS = {
     "reproduced": "--good",
-    "no effect": "--neutral",
+    analysis.NO_EFFECT: "--neutral",
     "inconclusive": "--neutral",
     "contradicted": "--bad",
     "failed": "--bad",

@@ -146,7 +146,7 @@ def test_browser_shows_the_page_without_scrolling_sideways(study: Path, tmp_path
     measure = """<script>onload = () => {
         const page = document.querySelector("iframe").contentDocument, text = page.querySelector("svg text");
         document.title = [page.documentElement.scrollWidth, getComputedStyle(text).fill]}</script>"""
-    frame = f'<iframe style="width: 400px; height: 4000px; border: 0" srcdoc="{html.escape(write_page(study))}">'
+    frame = f'<iframe style="width: 400px; height: 20000px; border: 0" srcdoc="{html.escape(write_page(study))}">'
     wrapper = tmp_path / "wrapper.html"
     wrapper.write_text(f'<!DOCTYPE html><meta name="color-scheme" content="dark">{measure}{frame}</iframe>')
     options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}")
