@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl, TensorBoard, a progress bar, train.log; and its timing."""
+"""Records of a run (metrics.jsonl, TensorBoard, progress bar, train.log) and its timing."""
 
 import contextlib
 import dataclasses
@@ -53,7 +53,7 @@ def write_layout(study: Path) -> None:
 
 @dataclasses.dataclass
 class Progress:
-    """What a run needs to resume, besides its state."""
+    """Progress of a run: with the state, all it needs to resume."""
 
     step: int = 0  # finished steps
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # the last value of each

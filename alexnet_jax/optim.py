@@ -14,7 +14,7 @@ KERNEL, BIAS = "kernel", "bias"
 
 
 class _Rule(NamedTuple):
-    """How a parameter is updated, where parameters can differ."""
+    """Hyperparameters of the update of one parameter."""
 
     multiplier: float  # of `optim.learning_rate`
     weight_decay: float

@@ -104,8 +104,8 @@ class Executor:
 
         Args:
           function: what one tower computes of one shard of the batch.
-          in_axes: for each argument, its leading axis: `TOWER`, which the function does not see; `DATA`, of which it
-            sees its shard, so the length must be a multiple of `shards`; or None, the same everywhere.
+          in_axes: leading axis of each argument: `TOWER`, which the function does not see; `DATA`, which is sharded
+            (its length must be a multiple of `shards`); or None, the same everywhere.
           out_axes: the same of the result, or of each element of a tuple. With `DATA` or None it must be equal on all
             towers; with `TOWER` or None on all shards.
           donate_argnums: arguments whose memory the result may reuse.

@@ -32,7 +32,7 @@ from alexnet_jax.run_dir import RunDir, atomic_write, environment, write_json
 
 
 class State(flax.struct.PyTreeNode):
-    """What a training step changes. Outside the step every array has a leading tower axis."""
+    """State of training. Outside the step every array has a leading tower axis."""
 
     params: Any  # by layer and name
     batch_stats: Any  # running averages of batch normalisation; empty without it
@@ -47,7 +47,7 @@ class State(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run needs besides its folder: config, dataset and executor, which fit each other."""
+    """Setup of a run: config, dataset and executor, checked to fit each other."""
 
     config: ConfigDict
     dataset: Dataset
