@@ -55,6 +55,7 @@ CONFIGS = {
         },
     ),
 }
+SLOW = ("cifar_80sec", "batch_norm")
 
 
 def first_steps(config: ConfigDict) -> dict[str, float]:
@@ -82,7 +83,9 @@ def first_steps(config: ConfigDict) -> dict[str, float]:
     return numbers
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CONFIGS]
+)
 def test_first_steps_give_the_golden_numbers(name: str) -> None:
     golden = json.loads(GOLDEN.read_text())[name]
     assert first_steps(CONFIGS[name]) == pytest.approx(golden, rel=RELATIVE, abs=0), RENEW
