@@ -1,14 +1,14 @@
 # Arrays of `_kernel_gradient` have their axes in their names.
 # ruff: noqa: N803, N806
-"""Convolution, response normalisation and pooling, with faster kernels for CPUs.
+"""Convolution, response normalisation and pooling, with kernels of our own for some platforms.
 
-A CPU kernel computes the same value and gradient as the plain operation, which GPUs and TPUs run.
-`experiments/speed` measures each of them.
+A kernel computes the same value and gradient as the plain operation, which all other platforms run.
+`experiments/speed` measures each of them on CPUs, `experiments/gpu` on GPUs.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,18 +31,20 @@ _CONV_OPTIONS = {
 }
 _BLOCK = 256  # output positions, in whole images, whose patches stay in the cache together
 
+_PLATFORMS = {"cpu": ("cpu",), "gpu": ("cuda", "rocm")}
+
 _enabled: tuple[str, ...] = KERNELS
 
 
 @contextlib.contextmanager
-def cpu_kernels(*names: str) -> Iterator[None]:
-    """Use only the named CPU kernels, among `KERNELS`, in functions that are traced within the context.
+def kernels(*names: str) -> Iterator[None]:
+    """Use only the named kernels of our own, among `KERNELS`, in functions that are traced within the context.
 
     A function that was traced before keeps the kernels of then.
     """
     global _enabled
     if unknown := set(names) - set(KERNELS):
-        raise ValueError(f"cpu_kernels({', '.join(map(repr, sorted(unknown)))}): must be among {KERNELS}")
+        raise ValueError(f"kernels({', '.join(map(repr, sorted(unknown)))}): must be among {KERNELS}")
     previous, _enabled = _enabled, names
     try:
         yield
@@ -50,26 +52,34 @@ def cpu_kernels(*names: str) -> Iterator[None]:
         _enabled = previous
 
 
-def _with_cpu_kernel(name: str, plain: Callable, *, value: Callable, gradient: Callable) -> Callable:
-    """Return `plain` with a CPU kernel, or alone where that kernel is switched off.
+def _with_kernels(
+    name: str, plain: Callable, *, values: Mapping[str, Callable], gradients: Mapping[str, Callable]
+) -> Callable:
+    """Return `plain` with kernels for CPUs ("cpu") or GPUs ("gpu"), or alone where they are switched off.
 
-    On CPUs `value` computes the same, and `gradient` a tuple of cotangents, from the cotangent and the arguments.
+    A value kernel computes the same as `plain`; a gradient kernel a tuple of cotangents, from the cotangent and the
+    arguments.
     """
     if name not in _enabled:
         return plain
 
+    def plain_gradient(cotangent: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.vjp(plain, *arguments)[1](cotangent)
+
     @jax.custom_vjp
     def operation(*arguments: jax.Array) -> jax.Array:
-        return lax.platform_dependent(*arguments, cpu=value, default=plain)
+        return lax.platform_dependent(*arguments, **_by_platform(values), default=plain)
 
     def backward(arguments: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, ...]:
-        def plain_gradient(cotangent: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, ...]:
-            return jax.vjp(plain, *arguments)[1](cotangent)
-
-        return lax.platform_dependent(cotangent, *arguments, cpu=gradient, default=plain_gradient)
+        return lax.platform_dependent(cotangent, *arguments, **_by_platform(gradients), default=plain_gradient)
 
     operation.defvjp(lambda *arguments: (operation(*arguments), arguments), backward)
     return operation
+
+
+def _by_platform(kernels: Mapping[str, Callable]) -> dict[str, Callable]:
+    """Return kernels by JAX's names of the platforms."""
+    return {platform: kernel for kind, kernel in kernels.items() for platform in _PLATFORMS[kind]}
 
 
 def conv(
@@ -92,6 +102,9 @@ def conv(
     def plain(images: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=_NHWC)
 
+    def plain_gradient(cotangent: jax.Array, images: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.vjp(plain, images, kernel)[1](cotangent)
+
     def images_gradient(cotangent: jax.Array, images: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.vjp(lambda images: plain(images, kernel), images)[1](cotangent)[0]
 
@@ -102,23 +115,26 @@ def conv(
         for_images = unrolled_vmap(images_gradient)(cotangent, images, kernel)
         return for_images, unrolled_vmap(kernel_gradient)(cotangent, images)
 
-    return _with_cpu_kernel("conv", plain, value=unrolled_vmap(plain), gradient=gradient)(images, kernel)
+    values = {"cpu": unrolled_vmap(plain), "gpu": unrolled_vmap(plain)}
+    gradients = {"cpu": gradient, "gpu": unrolled_vmap(plain_gradient)}
+    return _with_kernels("conv", plain, values=values, gradients=gradients)(images, kernel)
 
 
-def unrolled_vmap(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Return a function that `jax.vmap` calls once for each element, and stacks the results.
+def unrolled_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that `jax.vmap` calls once for each element, and stacks the results, which are a pytree.
 
     A vmapped convolution would become a grouped one, which XLA runs slowly.
     """
     mappable = jax.custom_batching.custom_vmap(function)
 
     @mappable.def_vmap
-    def unrolled(size: int, batched: Sequence[bool], *arguments: jax.Array) -> tuple[jax.Array, bool]:
+    def unrolled(size: int, batched: Sequence[bool], *arguments: jax.Array) -> tuple[Any, Any]:
         elements = [
             [argument[i] if is_batched else argument for argument, is_batched in zip(arguments, batched, strict=True)]
             for i in range(size)
         ]
-        return jnp.stack([mappable(*element) for element in elements]), True
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(mappable(*element) for element in elements))
+        return stacked, jax.tree.map(lambda _: True, stacked)
 
     return mappable
 
@@ -224,7 +240,8 @@ def _normalise(x: jax.Array, window: tuple[int, ...], k: float, alpha: float, be
         return (direct - 2 * alpha * beta * x * neighbours,)
 
     precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return _with_cpu_kernel("normalise", plain, value=value, gradient=gradient)(precise).astype(x.dtype)
+    operation = _with_kernels("normalise", plain, values={"cpu": value}, gradients={"cpu": gradient})
+    return operation(precise).astype(x.dtype)
 
 
 def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array:
@@ -259,12 +276,14 @@ def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array
         return _interleave(gradients, axis, stride, x.shape[axis])
 
     def gradient(cotangent: jax.Array, x: jax.Array) -> tuple[jax.Array]:
-        # XLA's own gradient searches each window for its maximum once more.
+        # XLA's own gradient is a select-and-scatter: it searches each window for its maximum once more, and on GPUs
+        # is not deterministic.
         padded = pad(x)
         whole = axis_gradient(axis_gradient(cotangent, maximum(padded, 2), 1), padded, 2)
         return (whole[:, : x.shape[1], : x.shape[2]],)
 
-    return _with_cpu_kernel("max_pool", plain, value=value, gradient=gradient)(x)
+    gradients = {"cpu": gradient, "gpu": gradient}
+    return _with_kernels("max_pool", plain, values={"cpu": value}, gradients=gradients)(x)
 
 
 def avg_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array:
@@ -287,7 +306,7 @@ def avg_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array
             cotangent = lax.slice_in_dim(padded, 0, length, 1, axis)
         return (cotangent,)
 
-    return _with_cpu_kernel("avg_pool", plain, value=plain, gradient=gradient)(x)
+    return _with_kernels("avg_pool", plain, values={}, gradients={"cpu": gradient})(x)
 
 
 def _window_slices(x: jax.Array, axis: int, window: int, stride: int) -> list[jax.Array]:

@@ -52,7 +52,7 @@ def test_flops_equal_xlas_count_of_the_plain_operations(towers: int) -> None:
     def xla_flops(function: Callable) -> float:
         over_towers = jax.jit(jax.vmap(function, axis_name=TOWER, in_axes=(0, None, None)))
         params = model.shapes(config.model, 10, (side, side, 1))["params"]
-        with layers.cpu_kernels():
+        with layers.kernels():
             lowered = over_towers.lower(params, jnp.zeros((batch, side, side, 1)), jnp.zeros(batch, int))
         analysis: Any = lowered.cost_analysis()
         return analysis["flops"]

@@ -122,9 +122,7 @@ OPERATIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def value_and_gradients(
-    operation: Callable[..., jax.Array], *arguments: jax.Array, cpu_kernels: bool
-) -> tuple[jax.Array, ...]:
+def value_and_gradients(operation: Callable[..., jax.Array], *arguments: jax.Array, own: bool) -> tuple[jax.Array, ...]:
     """Return an operation's value and the gradients of a weighted sum of it."""
 
     @jax.jit
@@ -133,21 +131,25 @@ def value_and_gradients(
         weights = jnp.array(np.random.default_rng(1).normal(size=value.shape), value.dtype)
         return value, *pullback(weights)
 
-    with contextlib.nullcontext() if cpu_kernels else layers.cpu_kernels():
+    with contextlib.nullcontext() if own else layers.kernels():
         return compute(*arguments)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_cpu_kernel_has_the_value_and_gradient_of_the_plain_operation(name: str, dtype: type) -> None:
-    """Among equal maxima, too, which a feature map after ReLUs is full of."""
+def test_kernel_has_the_value_and_gradient_of_the_plain_operation(
+    name: str, kind: str, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among equal maxima, too, which a feature map after ReLUs is full of. A CPU runs the kernels of both kinds."""
+    monkeypatch.setattr(layers, "_PLATFORMS", {"cpu": (), "gpu": ()} | {kind: ("cpu",)})
     operation, *shapes = OPERATIONS[name]
     generator = np.random.default_rng(0)
     with jax.enable_x64(dtype == np.float64):
         arguments = [jnp.array(np.maximum(generator.normal(size=shape), 0), dtype) for shape in shapes]
-        fast = value_and_gradients(operation, *arguments, cpu_kernels=True)
-        plain = value_and_gradients(operation, *arguments, cpu_kernels=False)
+        fast = value_and_gradients(operation, *arguments, own=True)
+        plain = value_and_gradients(operation, *arguments, own=False)
         relative = 1e-12 if dtype == np.float64 else 1e-5
         for one, other in zip(fast, plain, strict=True):
             assert one.dtype == other.dtype == dtype
@@ -155,19 +157,19 @@ def test_cpu_kernel_has_the_value_and_gradient_of_the_plain_operation(name: str,
 
 
 def kernels_in_use(names: tuple[str, ...] | None) -> set[str]:
-    """Return which operations depend on the platform when traced with these CPU kernels (None: outside the context)."""
+    """Return which operations depend on the platform when traced with these kernels (None: outside the context)."""
     x, kernel = jnp.ones((2, 9, 9, 8)), jnp.ones((3, 3, 8, 8))
-    operations: dict[str, Callable[[], jax.Array]] = {
-        "conv": lambda: convolution(1, 1, padding=((1, 1), (1, 1)))(x, kernel),
-        "normalise": lambda: layers.lrn(x, n=5, **LRN),
-        "max_pool": lambda: layers.max_pool(x, window=3, stride=2, ceil=False),
-        "avg_pool": lambda: layers.avg_pool(x, window=3, stride=2, ceil=False),
+    operations: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "conv": lambda x: convolution(1, 1, padding=((1, 1), (1, 1)))(x, kernel).sum(),
+        "normalise": lambda x: layers.lrn(x, n=5, **LRN).sum(),
+        "max_pool": lambda x: layers.max_pool(x, window=3, stride=2, ceil=False).sum(),
+        "avg_pool": lambda x: layers.avg_pool(x, window=3, stride=2, ceil=False).sum(),
     }
-    with contextlib.nullcontext() if names is None else layers.cpu_kernels(*names):
-        return {name for name, run in operations.items() if "platform_index" in str(jax.make_jaxpr(run)())}
+    with contextlib.nullcontext() if names is None else layers.kernels(*names):
+        return {name for name, run in operations.items() if "platform_index" in str(jax.make_jaxpr(jax.grad(run))(x))}
 
 
-def test_cpu_kernels_switches_kernels_one_by_one_and_back() -> None:
+def test_kernels_switches_kernels_one_by_one_and_back() -> None:
     assert kernels_in_use(None) == set(layers.KERNELS)
     assert kernels_in_use(()) == set()
     for name in layers.KERNELS:
@@ -175,8 +177,8 @@ def test_cpu_kernels_switches_kernels_one_by_one_and_back() -> None:
     assert kernels_in_use(None) == set(layers.KERNELS)
 
 
-def test_unknown_cpu_kernel_raises() -> None:
-    with pytest.raises(ValueError, match=r"cpu_kernels\('lrn'\): must be among \('conv', "), layers.cpu_kernels("lrn"):
+def test_unknown_kernel_raises() -> None:
+    with pytest.raises(ValueError, match=r"kernels\('lrn'\): must be among \('conv', "), layers.kernels("lrn"):
         pass
 
 
@@ -258,7 +260,7 @@ def test_infinite_cotangent_of_lrn_affects_only_its_window() -> None:
     cotangent = jnp.ones_like(x).at[1, 5].set(jnp.inf)
     gradients = []
     for names in (layers.KERNELS, ()):
-        with layers.cpu_kernels(*names):
+        with layers.kernels(*names):
             _, pullback = jax.vjp(lambda x: layers.lrn(x, n=5, **LRN), x)
             gradients.append(pullback(cotangent)[0])
     fast, plain = gradients

@@ -109,7 +109,7 @@ def ours(network: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
         predict = evaluate.make_predictor(config, dataset.classes, executor)
 
         def predict_batch() -> None:
-            with layers.cpu_kernels(*kernels):  # it matters in the first call, which compiles
+            with layers.kernels(*kernels):  # it matters in the first call, which compiles
                 jax.block_until_ready(predict(state.variables, replicated, images))
 
         return predict_batch
@@ -120,7 +120,7 @@ def ours(network: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
         nonlocal state, number
         number += 1
         batch = {"image": images, "label": labels}
-        with layers.cpu_kernels(*kernels):
+        with layers.kernels(*kernels):
             state = step(state, batch, replicated, np.uint32(0), np.int32(number), np.int32(0))
         jax.block_until_ready(state)
 

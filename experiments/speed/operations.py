@@ -207,7 +207,7 @@ def main() -> None:
     parallel.ensure_host_devices(2)
     without = arguments.without
     kernels = [kernel for kernel in layers.KERNELS if without not in (kernel, "kernels")]
-    with layers.cpu_kernels(*kernels):
+    with layers.kernels(*kernels):
         table = measure(arguments)
     name = f"operations_{arguments.network}_{arguments.batch}" + (f"_no_{without}" if without else "")
     table.to_csv(arguments.folder / f"{name}.csv", index=False)
