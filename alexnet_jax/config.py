@@ -23,6 +23,7 @@ DISTRIBUTIONS = ("normal", "uniform")
 EXECUTORS = ("auto", "vmap", "pmap", "shard_map")
 OPTIMIZERS = ("paper", "sgd", "adamw")
 SCHEDULES = ("step", "cosine")
+MATMUL_PRECISIONS = ("tensorfloat32", "float32")
 SUBTRACT = ("mean_image", "central_mean_image", "mean_pixel", "mean")
 
 
@@ -201,6 +202,8 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
     yield "data.augment.colour.noise", _at_least(0)
     yield "data.augment.colour.eigenvalue_unit", _or_none(_POSITIVE)
     yield "data.augment.code2012.images_per_crop", _at_least(1)
+    yield "data.resident_bytes", _at_least(0)
+    yield "data.host_bytes", _at_least(0)
     yield "data.threads", _at_least(1)
     yield "data.prefetch", _at_least(1)
     yield "optim.name", _one_of(*OPTIMIZERS)
@@ -222,6 +225,8 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
     yield "optim.biases.decay_epochs", _or_none(_ASCENDING)
     yield "optim.biases.decay_factor", _or_none(_POSITIVE)
     yield "train.executor", _one_of(*EXECUTORS)
+    yield "train.matmul_precision", _one_of(*MATMUL_PRECISIONS)
+    yield "train.steps_per_dispatch", _or_none(_at_least(1))
     yield "train.batch_size", _at_least(1)
     yield "train.epochs", _POSITIVE
     yield "train.label_smoothing", _FRACTION

@@ -27,7 +27,8 @@ from alexnet_jax.model import AlexNet
 from alexnet_jax.parallel import DATA, TOWER, Executor, initialize, make_executor
 from alexnet_jax.run_dir import RunDir, write_json
 
-# A compiled function (variables, statistics, images) -> array (batch, ...), for uint8 images (batch, size, size, ch).
+# A compiled function (variables, statistics, images) -> array (batch, ...), for uint8 images (batch, size, size, ch) or
+# a `loader.Selection` of them.
 Predictor = Callable[[Any, Statistics, Any], jax.Array]
 
 
@@ -64,11 +65,11 @@ def make_predictor(config: ConfigDict, classes: int, executor: Executor) -> Pred
     that differ in seed, optimiser or training only share one compiled function.
     """
     key = FrozenConfigDict({section: config[section] for section in ("model", "data", "eval")})
-    return _make_predictor(key, classes, executor)
+    return _make_predictor(key, classes, config.train.matmul_precision, executor)
 
 
 @functools.lru_cache(maxsize=16)
-def _make_predictor(config: FrozenConfigDict, classes: int, executor: Executor) -> Predictor:
+def _make_predictor(config: FrozenConfigDict, classes: int, precision: str, executor: Executor) -> Predictor:
     model = AlexNet(config.model, classes)
     views = augment.evaluation_views(config.eval.views, config.data.image_size, config.data.crop)
     stacked_views = augment.View(*(jnp.array(field) for field in zip(*views, strict=True)))
@@ -77,7 +78,8 @@ def _make_predictor(config: FrozenConfigDict, classes: int, executor: Executor) 
         def predict_view(view: augment.View) -> Any:
             return model.apply(variables, augment.inputs(images, view, config.data, statistics), train=False)
 
-        return mean_of_probabilities(lax.map(predict_view, stacked_views))
+        with jax.default_matmul_precision(precision):
+            return mean_of_probabilities(lax.map(predict_view, stacked_views))
 
     return map_over_batch(predict, executor)
 
@@ -88,15 +90,22 @@ def map_over_batch(function: Callable[[Any, Statistics, jax.Array], jax.Array], 
     Its result must have a leading batch axis and be the same on every tower. Each data shard computes its slice of the
     batch, zero-padded to equal slices.
     """
+
+    def of_selection(variables: Any, statistics: Statistics, images: jax.Array, positions: jax.Array) -> jax.Array:
+        return function(variables, statistics, images.at[positions].get(mode="clip"))
+
     mapped = executor.map(function, in_axes=(TOWER, None, DATA), out_axes=DATA)
+    mapped_selection = executor.map(of_selection, in_axes=(TOWER, None, None, DATA), out_axes=DATA)
 
     @functools.wraps(mapped)
     def call(variables: Any, statistics: Statistics, images: Any) -> jax.Array:
-        padding = -len(images) % executor.shards
+        *resident, batch = images if isinstance(images, loader.Selection) else (images,)
+        mapped_batch = mapped_selection if resident else mapped
+        padding = -len(batch) % executor.shards
         if padding == 0:
-            return mapped(variables, statistics, images)
-        padded = np.pad(images, [(0, padding), *[(0, 0)] * (images.ndim - 1)])
-        return mapped(variables, statistics, padded)[: len(images)]
+            return mapped_batch(variables, statistics, *resident, batch)
+        padded = np.pad(batch, [(0, padding), *[(0, 0)] * (batch.ndim - 1)])
+        return mapped_batch(variables, statistics, *resident, padded)[: len(batch)]
 
     return call
 

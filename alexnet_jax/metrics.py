@@ -161,7 +161,8 @@ class Timer:
 
     def __init__(self, progress: Progress):
         self._progress, self._before, self._start = progress, progress.seconds, time.monotonic()
-        self._mark: float | None = None  # up to when training time is booked; None until the step is compiled
+        self._mark: float | None = None  # up to when training time is booked; None while a program is compiled
+        self._lengths: set[int] = set()  # steps of the programs that are compiled
         self._lap = (progress.images, progress.training_seconds, progress.waiting_seconds)
         self._warned = False
 
@@ -180,8 +181,18 @@ class Timer:
                 self._progress.waiting_seconds += time.monotonic() - start
             yield batch
 
+    def begin(self, steps: int, state: Any) -> None:
+        """Call it before steps are dispatched together: the first time that they are so many, they are not timed."""
+        if steps in self._lengths:
+            return
+        self._lengths.add(steps)
+        if self._mark is not None:
+            jax.block_until_ready(state)
+            self._progress.training_seconds += time.monotonic() - self._mark
+            self._mark = None
+
     def count(self, images: int, state: Any) -> None:
-        """Count a step that is finished or, on an asynchronous device, dispatched."""
+        """Count steps that are finished or, on an asynchronous device, dispatched."""
         if self._mark is None:
             jax.block_until_ready(state)
             self._mark = time.monotonic()

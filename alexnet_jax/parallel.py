@@ -27,6 +27,8 @@ TOWER, DATA = "tower", "data"
 # Compiler options of CPUs, by executor. XLA runs several operations of a device at a time: with a tower on each device
 # running them in turn takes less memory and no more time; where devices shard a batch, more time (experiments/speed).
 CPU_COMPILER_OPTIONS = {"pmap": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+# Of GPUs: XLA may not choose algorithms whose results differ from run to run, so that resumed runs are bit-identical.
+GPU_COMPILER_OPTIONS = {"xla_gpu_exclude_nondeterministic_ops": True}
 
 _config: Any = jax.config  # not all versions of its types name every option
 _TIMEOUT_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds"
@@ -38,9 +40,12 @@ OutAxes = str | None | Axes
 def initialize(towers: int) -> None:
     """Prepare JAX for a command: CPU devices for the towers, and the persistent compilation cache.
 
-    The cache is in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
+    The cache is in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another. On GPUs it keeps XLA's
+    choice of algorithms, too, on which the last bits of a result depend.
     """
     ensure_host_devices(towers)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        _config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs, too: a run has a dozen
     if _config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         _config.update("jax_compilation_cache_dir", str(cache / "alexnet_jax"))
@@ -74,6 +79,11 @@ class Executor:
         """The devices in use: one, one per tower, or one per tower and shard."""
         count = 1 if self.name == "vmap" else self.shards * self.towers
         return jax.local_devices()[:count]
+
+    @property
+    def platform(self) -> str:
+        """The kind of the devices: "cpu", "gpu" or "tpu"."""
+        return self.devices[0].platform
 
     @functools.cached_property
     def _mesh(self) -> Mesh:
@@ -110,8 +120,8 @@ class Executor:
             towers; with `TOWER` or None on all shards.
           donate_argnums: arguments whose memory the result may reuse.
         """
-        on_cpu = self.devices[0].platform == "cpu"
-        options: dict[str, Any] = {"compiler_options": CPU_COMPILER_OPTIONS.get(self.name) if on_cpu else None}
+        by_platform: dict[str, Any] = {"cpu": CPU_COMPILER_OPTIONS.get(self.name), "gpu": GPU_COMPILER_OPTIONS}
+        options: dict[str, Any] = {"compiler_options": by_platform.get(self.platform)}
         if self.name == "shard_map":
             mapped, options["in_shardings"] = self._over_mesh(function, in_axes, out_axes)
         else:
@@ -123,7 +133,7 @@ class Executor:
             else:
                 mapped = jax.vmap(one_shard, ins, outs, axis_name=TOWER, axis_size=self.towers)
         compiled = jax.jit(mapped, donate_argnums=donate_argnums, **options)
-        if len(self.devices) == 1 or not on_cpu:
+        if len(self.devices) == 1 or self.platform != "cpu":
             return compiled
 
         # CPU devices share one thread pool. A step dispatched while another is in flight can take the threads on which

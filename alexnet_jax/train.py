@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -22,13 +22,15 @@ from alexnet_jax import figures, model, optim
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import SECTIONS, as_json, validate
 from alexnet_jax.data import augment, datasets, statistics
-from alexnet_jax.data.datasets import Dataset
-from alexnet_jax.data.loader import train_batches
+from alexnet_jax.data.datasets import Arrays, Dataset, Resident, locate
+from alexnet_jax.data.loader import keep_in_memory, resident_train_batches, train_batches
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.evaluate import Outcomes, evaluate, make_predictor, per_example_metrics
 from alexnet_jax.metrics import MetricWriter, Progress, Timer, profiled
 from alexnet_jax.parallel import DATA, TOWER, Executor, global_positions, make_executor
 from alexnet_jax.run_dir import RunDir, atomic_write, environment, write_json
+
+STEPS_PER_DISPATCH = 25  # on accelerators
 
 
 class State(flax.struct.PyTreeNode):
@@ -62,6 +64,20 @@ class Setup:
     def steps(self) -> int:
         """Steps of the whole run."""
         return max(1, round(self.config.train.epochs * self.steps_per_epoch))
+
+    @property
+    def images_on_devices(self) -> jax.Array | None:
+        """The images that training selects from, uint8, if they are on the devices."""
+        arrays, _ = locate(self.dataset.train)
+        return arrays.on_devices if isinstance(arrays, Resident) else None
+
+    @property
+    def steps_per_dispatch(self) -> int:
+        """Most steps in one program: several are faster on GPUs, and slower on CPUs (`train.steps_per_dispatch`)."""
+        if self.images_on_devices is None:
+            return 1
+        on_cpu = self.executor.platform == "cpu"
+        return self.config.train.steps_per_dispatch or (1 if on_cpu else STEPS_PER_DISPATCH)
 
     @property
     def evaluated(self) -> dict[str, datasets.Source]:
@@ -123,14 +139,65 @@ def make_train_step(setup: Setup) -> Callable[..., State]:
     noise and dropout are functions of (seed, step), where the first step is 1; learning rates of (step,
     plateau_decays), the number of decays on plateau so far.
     """
+    return _compile_step(*_step_arguments(setup), setup.executor)
+
+
+def make_resident_steps(setup: Setup) -> Callable[..., State]:
+    """Return several steps as one program: `(images, state, batch, statistics, seed, step, plateau_decays) -> state`.
+
+    It selects its batches from images on the devices (`Setup.images_on_devices`), as `loader.resident_train_batches`
+    says; `step` is the first one. Otherwise it is as `make_train_step`.
+    """
+    return _compile_resident_steps(*_step_arguments(setup), setup.executor)
+
+
+def _step_arguments(setup: Setup) -> tuple[FrozenConfigDict, int, float, int]:
+    """Return all that a training step depends on, without the seed: the arguments of `_tower_step`."""
     config = FrozenConfigDict({section: setup.config[section] for section in SECTIONS})
-    return _train_step(config, setup.dataset.classes, setup.steps_per_epoch, setup.steps, setup.executor)
+    return config, setup.dataset.classes, setup.steps_per_epoch, setup.steps
 
 
 @functools.lru_cache(maxsize=32)
-def _train_step(
+def _compile_step(
     config: FrozenConfigDict, classes: int, steps_per_epoch: float, steps: int, executor: Executor
 ) -> Callable[..., State]:
+    in_axes = (TOWER, DATA, None, None, None, None)
+    tower_step = _tower_step(config, classes, steps_per_epoch, steps)
+    return executor.map(tower_step, in_axes=in_axes, out_axes=TOWER, donate_argnums=(0,))
+
+
+@functools.lru_cache(maxsize=32)
+def _compile_resident_steps(
+    config: FrozenConfigDict, classes: int, steps_per_epoch: float, steps: int, executor: Executor
+) -> Callable[..., State]:
+    tower_step = _tower_step(config, classes, steps_per_epoch, steps)
+
+    def tower_steps(
+        images: Array,
+        state: State,
+        batch: dict[str, Array],
+        statistics: Statistics,
+        seed: Array,
+        first: Array,
+        plateau_decays: Array,
+    ) -> State:
+        def one_step(state: State, scanned: tuple[Array, Array, Array]) -> tuple[State, None]:
+            step, positions, labels = scanned
+            selected = {"image": images.at[positions].get(mode="clip"), "label": labels}
+            return tower_step(state, selected, statistics, seed, step, plateau_decays), None
+
+        count = batch["label"].shape[1]
+        scanned = (first + jnp.arange(count), batch["position"].T, batch["label"].T)
+        if count == 1:  # convolutions in a loop are slow on CPUs
+            return one_step(state, jax.tree.map(lambda array: array[0], scanned))[0]
+        return lax.scan(one_step, state, scanned)[0]
+
+    in_axes = (None, TOWER, DATA, None, None, None, None)
+    return executor.map(tower_steps, in_axes=in_axes, out_axes=TOWER, donate_argnums=(1,))
+
+
+def _tower_step(config: FrozenConfigDict, classes: int, steps_per_epoch: float, steps: int) -> Callable[..., State]:
+    """Return what one tower computes in a step; arguments and result are those of `make_train_step`."""
     network = model.AlexNet(config.model, classes)
     optimizer = optim.make_optimizer(config.optim, config.model.layers, steps_per_epoch, steps)
     noise_until = config.data.augment.code2012.noise_until_epoch
@@ -152,7 +219,8 @@ def _train_step(
             # Gradients are summed over towers, and each tower has computed the whole loss.
             return metrics["loss"].sum() / batch_size / lax.axis_size(TOWER), (metrics, updated)
 
-        gradients, (metrics, updated) = jax.grad(tower_loss, has_aux=True)(state.params)
+        with jax.default_matmul_precision(config.train.matmul_precision):
+            gradients, (metrics, updated) = jax.grad(tower_loss, has_aux=True)(state.params)
         totals = {name: values.sum() for name, values in metrics.items()}
         totals["images"] = jnp.float32(len(batch["label"]))
         gradients, totals = lax.psum((gradients, totals), DATA)
@@ -164,7 +232,7 @@ def _train_step(
             sums={name: state.sums[name] + total for name, total in totals.items()},
         )
 
-    return executor.map(tower_step, in_axes=(TOWER, DATA, None, None, None, None), out_axes=TOWER, donate_argnums=(0,))
+    return tower_step
 
 
 def make_evaluator(setup: Setup) -> Callable[[State, Statistics], dict[str, Outcomes]]:
@@ -198,10 +266,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
     run.check(as_json(config))
     if run.result is not None:
         return run.result
-    setup = open_run(config)
+    setup = _keep_in_memory(open_run(config))
     stats = setup.executor.replicate(_start(run, setup))
     executor, steps, epoch = setup.executor, setup.steps, setup.steps_per_epoch
-    train_step, evaluate_all = make_train_step(setup), make_evaluator(setup)
+    evaluate_all = make_evaluator(setup)
     with Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints, _stop_requested() as stop:
         state, progress = executor.place(init_state(setup)), Progress()
         if restored := checkpoints.restore(state):
@@ -209,17 +277,19 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
         with MetricWriter(run, start=progress.step, stop=steps) as writer:
             _log_start(writer, setup, progress.step)
             timer = Timer(progress)
-            batches = train_batches(setup.dataset.train, config, seed=config.seed, start=progress.step, stop=steps)
+            outcomes: dict[str, Outcomes] = {}
+            train_steps, spans, batches = _dispatch(setup, progress.step)
             batches = profiled(timer.waiting(batches), config.train.profile, run.path)
-            for step, batch in enumerate(batches, progress.step + 1):
-                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            for span, batch in zip(spans, batches, strict=True):
+                timer.begin(len(span), state)
+                with jax.profiler.StepTraceAnnotation("train", step_num=span.stop):
                     decays = np.int32(progress.plateau.decays)
-                    state = train_step(state, batch, stats, np.uint32(config.seed), np.int32(step), decays)
-                timer.count(config.train.batch_size, state)
-                progress.step = step
+                    state = train_steps(state, batch, stats, np.uint32(config.seed), np.int32(span.start + 1), decays)
+                timer.count(len(span) * config.train.batch_size, state)
+                progress.step = step = span.stop
                 writer.progress(step)
-                last = step == steps
-                if last or step % config.train.log_every == 0:
+                last, due = step == steps, _due(setup, step)
+                if due.log:
                     with timer.paused(state):
                         learning_rate = optim.learning_rate(config.optim, epoch, steps, step - 1, decays)
                         means = _mean_metrics(state, step) | {"learning_rate": float(learning_rate)}
@@ -227,10 +297,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                         if warning := timer.warning(config.data):
                             writer.log(warning)
                         state = state.replace(sums=executor.place(_no_sums(config.model.towers)))
-                if last or _crosses_multiple(step, epoch * config.eval.every_epochs):
+                if due.evaluate:
                     with timer.paused(state):
                         outcomes = evaluate_all(state, stats)
-                        filters = jax.device_get(state.params[config.model.order[0]]["kernel"])
+                        filters = _first_kernel(state, config)
                         scores = {f"{part}/{k}": v for part, each in outcomes.items() for k, v in each.means().items()}
                         scores |= figures.colour_metrics(filters)
                         progress.metrics |= writer.write(step, {"epoch": step / epoch, **scores})
@@ -238,14 +308,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                             error = scores["validation/top1_error"]
                             progress.plateau = progress.plateau.after(error, config.optim.plateau)
                         writer.image(step, f"{config.model.order[0]}/filters", figures.filter_grid(filters))
-                        if last:
-                            _write_artifacts(run, writer, setup, outcomes["eval"], filters)
-                if last or step % config.train.checkpoint_every == 0 or stop.is_set():
+                if due.save or stop.is_set():
                     with timer.paused(state):
                         _mean_metrics(state, step)  # a network that has diverged is not saved
                         checkpoints.save(step, state, dataclasses.asdict(progress))
                 if stop.is_set() and not last:
                     raise KeyboardInterrupt(f"{run.path}: stopped at step {step} of {steps}; a checkpoint is saved")
+            outcomes = outcomes or evaluate_all(state, stats)
+            _write_artifacts(run, writer, setup, outcomes["eval"], _first_kernel(state, config))
             result = {
                 "steps": steps,
                 "epochs": steps / epoch,
@@ -256,6 +326,55 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
             writer.hparams(labels or {"seed": config.seed}, {k: v for k, v in result.items() if k.startswith("eval/")})
     write_json(run.result_file, result)
     return result
+
+
+def _keep_in_memory(setup: Setup) -> Setup:
+    """Decode the images, if they may stay in memory."""
+    dataset = keep_in_memory(setup.dataset, setup.config.data, setup.executor)
+    return dataclasses.replace(setup, dataset=dataset)
+
+
+def _dispatch(setup: Setup, start: int) -> tuple[Callable[..., State], list[range], Iterator[Any]]:
+    """Return the training step, or several, the spans of 0-based steps from `start` on, and a batch for each span."""
+    config, images, source = setup.config, setup.images_on_devices, setup.dataset.train
+    spans = list(_spans(setup, start))
+    if images is None:
+        batches = train_batches(source, config, seed=config.seed, start=start, stop=setup.steps)
+        return make_train_step(setup), spans, batches
+    selections = resident_train_batches(source, config, seed=config.seed, spans=spans)
+    return functools.partial(make_resident_steps(setup), images), spans, selections
+
+
+class _Due(NamedTuple):
+    """What follows a step."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+
+
+def _due(setup: Setup, step: int) -> _Due:
+    """Return what follows a step, counted from 1; everything follows the last one."""
+    config, last = setup.config, step == setup.steps
+    return _Due(
+        log=last or step % config.train.log_every == 0,
+        evaluate=last or _crosses_multiple(step, setup.steps_per_epoch * config.eval.every_epochs),
+        save=last or step % config.train.checkpoint_every == 0,
+    )
+
+
+def _spans(setup: Setup, start: int) -> Iterator[range]:
+    """Split the 0-based steps from `start` on into spans, which are dispatched together: of the full length or of one.
+
+    Something may be due at the end of a span only. After a checkpoint, which ends a span, the spans are those of an
+    uninterrupted run: programs of other lengths may round otherwise.
+    """
+    length = setup.steps_per_dispatch
+    while start < setup.steps:
+        interrupted = any(any(_due(setup, step)) for step in range(start + 1, start + length))
+        stop = start + (1 if interrupted else length)
+        yield range(start, stop)
+        start = stop
 
 
 def _start(run: RunDir, setup: Setup) -> Statistics:
@@ -274,7 +393,13 @@ def _start(run: RunDir, setup: Setup) -> Statistics:
     write_json(run.config_file, as_json(config))
     write_json(run.dataset_file, metadata)
     stats = statistics.load_or_measure(run.statistics_file, dataset, config.data)
-    write_json(run.environment_file, environment() | {"executor": setup.executor.name, "devices": devices})
+    executed = {
+        "executor": setup.executor.name,
+        "devices": devices,
+        "device_kind": setup.executor.devices[0].device_kind,
+        "matmul_precision": config.train.matmul_precision,
+    }
+    write_json(run.environment_file, environment() | executed)
     return stats
 
 
@@ -288,6 +413,9 @@ def _log_start(writer: MetricWriter, setup: Setup, step: int) -> None:
         f"trains on {len(dataset.train):,} images of {config.data.name}; eval/ is on the {len(dataset.evaluation):,} "
         f"of {config.data.eval_split}{validation}"
     )
+    arrays, _ = locate(dataset.train)
+    where = {Resident: "on the devices", Arrays: "in memory"}.get(type(arrays), "streamed")
+    writer.log(f"images: {where}; steps in one program: {setup.steps_per_dispatch}")
 
 
 def _write_artifacts(run: RunDir, writer: MetricWriter, setup: Setup, outcomes: Outcomes, filters: np.ndarray) -> None:
@@ -301,6 +429,11 @@ def _write_artifacts(run: RunDir, writer: MetricWriter, setup: Setup, outcomes: 
     wrong = np.bincount(outcomes.labels, weights=outcomes.metrics["top1_error"], minlength=dataset.classes)
     by_class = [float(error) if n else None for error, n in zip(wrong / np.maximum(images, 1), images, strict=True)]
     write_json(run.by_class_file, {"class": list(dataset.class_names), "top1_error": by_class})
+
+
+def _first_kernel(state: State, config: ConfigDict) -> np.ndarray:
+    """Return the kernel of the first layer, with a leading tower axis."""
+    return jax.device_get(state.params[config.model.order[0]]["kernel"])
 
 
 def _mean_metrics(state: State, step: int) -> dict[str, float]:

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from alexnet_jax import evaluate, metrics, train
 from alexnet_jax.checkpoint import Checkpoints, load_run
-from alexnet_jax.data import loader, prepare, sources, statistics
+from alexnet_jax.data import datasets, loader, prepare, sources, statistics
 from alexnet_jax.data.datasets import Arrays
 from alexnet_jax.data.loader import train_batches
 from alexnet_jax.metrics import MetricWriter
@@ -34,6 +34,7 @@ from support import REPOSITORY, TINY, random_statistics, run_config
 
 # The first layers of a network are enough where only the loop matters, and compile faster.
 SHALLOW = TINY | {"model.order": ("conv1", "conv3", "fc8")}
+STREAMED = {"data.resident_bytes": 0, "data.host_bytes": 0}
 TIMES = {"images_per_second", "seconds", "data/wait_fraction"}  # which differ between equal runs
 
 
@@ -187,11 +188,11 @@ def test_same_seed_gives_the_same_run(tmp_path: Path, whole: Path, tiny: ConfigD
 
 
 def test_another_seed_gives_another_run_and_compiles_nothing(tmp_path: Path, whole: Path) -> None:
-    misses = [cache.cache_info().misses for cache in (train._train_step, evaluate._make_predictor)]
+    misses = [cache.cache_info().misses for cache in (train._compile_resident_steps, evaluate._make_predictor)]
     with compilations() as compiled:
         train.train_and_evaluate(run_config(seed=1, **TINY), tmp_path)
     assert compiled == []
-    assert [cache.cache_info().misses for cache in (train._train_step, evaluate._make_predictor)] == misses
+    assert [cache.cache_info().misses for cache in (train._compile_resident_steps, evaluate._make_predictor)] == misses
     assert logged(tmp_path)[0]["train/loss"] != logged(whole)[0]["train/loss"]
 
 
@@ -334,6 +335,7 @@ def test_run_on_jpegs_with_every_feature_resumes_bit_identical(
         "data.data_dir": str(tmp_path),
         "data.eval_split": "validation",
         "data.validation_split": "1/20",
+        **STREAMED,
         "data.augment.code2012.noise_until_epoch": 0.8,
         "model.layers.conv1.then": ("batch_norm", "activation", "lrn", "max_pool"),
         "optim.name": "adamw",
@@ -388,6 +390,81 @@ def test_run_on_jpegs_with_every_feature_resumes_bit_identical(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("executor", "towers"), [("vmap", 2), ("pmap", 2), ("shard_map", 1)])
+def test_images_in_memory_give_the_same_bits_as_streamed_ones(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str, towers: int
+) -> None:
+    """Resident on the devices, in the host's memory and streamed: 12 steps with evaluations, and the same again."""
+    prepare.prepare(sources.folder(photos), 32, str(tmp_path))
+    reads: list[int] = []
+    read = loader.read
+
+    def count_reads(source: datasets.Source, positions: np.ndarray, size: int) -> loader.Batch:
+        if not isinstance(datasets.locate(source)[0], Arrays):
+            reads.extend(positions)
+        return read(source, positions, size)
+
+    monkeypatch.setattr(loader, "read", count_reads)
+    common = SHALLOW | {
+        "data.name": "photos",
+        "data.data_dir": str(tmp_path),
+        "data.eval_split": "validation",
+        "data.validation_split": "1/20",
+        "train.executor": executor,
+        "model.towers": towers,
+        "train.epochs": 48 / 38,
+        "eval.every_epochs": 24 / 38,
+        "eval.batch_size": 8,
+    }
+    # 50 images of 3,072 bytes; a CPU's two devices have copies in the same memory.
+    needed = 50 * 32 * 32 * 3
+    copies = 1 if executor == "vmap" else 2
+    budgets = {
+        "on the devices": {"data.resident_bytes": copies * needed, "data.host_bytes": 0},
+        "in memory": {"data.resident_bytes": copies * needed - 1, "data.host_bytes": needed},
+        "streamed": {"data.resident_bytes": copies * needed - 1, "data.host_bytes": needed - 1},
+    }
+    decoded = {}
+    for where, budget in budgets.items():
+        for seed in (0, 1):
+            config = run_config("cifar10", seed=seed, **common, **budget)
+            train.train_and_evaluate(config, tmp_path / where / str(seed))
+        assert f"images: {where}; steps in one program: 1" in (tmp_path / where / "0" / "train.log").read_text()
+        decoded[where] = len(reads)
+        reads.clear()
+    for where, budget in budgets.items():
+        config = run_config("cifar10", **common, **budget)
+        assert_same_run(config, tmp_path / "streamed" / "0", tmp_path / where / "0")
+    # Once for both runs, and for both kinds of memory; the statistics are stored beside the dataset.
+    assert decoded["on the devices"] == 50
+    assert decoded["in memory"] == 0
+    assert decoded["streamed"] > 2 * 12 * 4
+
+
+@pytest.mark.slow
+def test_several_steps_in_one_program_resume_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics are logged, evaluated and saved at the same steps as with one step in each program, and agree."""
+    changes = {"train.log_every": 8, "train.checkpoint_every": 7, "eval.every_epochs": 0.01}
+    together = run_config(**SHALLOW | changes | {"train.steps_per_dispatch": 3})
+    ends: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricWriter, "progress", lambda _, step: ends.append(step))
+        train.train_and_evaluate(together, tmp_path / "whole")
+    # Something is due at steps 7, 8, 10 and 12: spans of three steps, or of one.
+    assert ends == [3, 6, 7, 8, 9, 10, 11, 12]
+    for step in (3, 6, 7, 9):
+        with monkeypatch.context() as patch:
+            patch.setattr(MetricWriter, "progress", send_at(step, signal.SIGTERM))
+            with pytest.raises(KeyboardInterrupt, match=f"stopped at step {step} of 12"):
+                train.train_and_evaluate(together, tmp_path / str(step))
+        train.train_and_evaluate(together, tmp_path / str(step))
+        assert_same_run(together, tmp_path / "whole", tmp_path / str(step))
+    train.train_and_evaluate(run_config(**SHALLOW | changes), tmp_path / "single")
+    for one, other in zip(logged(tmp_path / "single"), logged(tmp_path / "whole"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.slow
 def test_photographs_train_the_papers_network_on_two_devices(shared_images: Path, tmp_path: Path) -> None:
     """Two steps at 224 pixels, with all augmentation of the paper."""
     changes = {
@@ -419,7 +496,7 @@ def test_photographs_train_the_papers_network_on_two_devices(shared_images: Path
 @pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "warns"), [(0.1, False), (0.2, True)])
 def test_run_that_waits_for_images_warns_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: ConfigDict, seconds: float, warns: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, warns: bool
 ) -> None:
     """On a clock by which a step takes one second and its images the given seconds."""
     progress, now = MetricWriter.progress, [0.0]
@@ -436,7 +513,7 @@ def test_run_that_waits_for_images_warns_once(
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime))
     monkeypatch.setattr(train, "train_batches", slow_batches)
     monkeypatch.setattr(MetricWriter, "progress", slow_progress)
-    trained = train.train_and_evaluate(tiny, tmp_path)
+    trained = train.train_and_evaluate(run_config(**TINY | STREAMED), tmp_path)
     lines = RunDir(tmp_path).metrics()
     fractions = [line["data/wait_fraction"] for line in lines if "data/wait_fraction" in line]
     assert len(fractions) == 6

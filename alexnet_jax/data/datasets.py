@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 from etils import epy
 from ml_collections import ConfigDict
@@ -139,7 +140,7 @@ def _hold_out(source: Source, validation_split: str) -> tuple[Source, Source]:
         )
     every = int(match[1])
     held_out = np.arange(len(source)) % every == every - 1
-    return _Subset(source, np.flatnonzero(~held_out)), _Subset(source, np.flatnonzero(held_out))
+    return Subset(source, np.flatnonzero(~held_out)), Subset(source, np.flatnonzero(held_out))
 
 
 def _prepared_builder(data_config: ConfigDict) -> tfds.core.DatasetBuilder:
@@ -177,18 +178,23 @@ def _files(builder: tfds.core.DatasetBuilder) -> list[Path]:
     return [Path(file) for split in builder.info.splits.values() for file in split.filepaths]
 
 
+def _stamps(builder: tfds.core.DatasetBuilder) -> list[tuple[str, int, int]]:
+    """Return names, sizes and times of a prepared dataset's files."""
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _files(builder)]
+
+
 def _fingerprint(builder: tfds.core.DatasetBuilder, data_config: ConfigDict) -> str:
     """Hash the choice of the training examples, and the names, sizes and times of their files."""
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _files(builder)]
     held_out = data_config.validation_split if "/" in data_config.validation_split else ""
     choice = (data_config.train_split, data_config.image_size, held_out)
-    return hashlib.sha256(json.dumps([choice, files]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([choice, _stamps(builder)]).encode()).hexdigest()[:16]
 
 
 class _PreparedSplit:
-    """The examples of a split of a prepared dataset."""
+    """The examples of a split of a prepared dataset; equal to another of the same files."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+        self._identity = (str(builder.data_dir), split, *_stamps(builder))
         self._name = f"{builder.info.full_name}, {split}"
         self._image, self._label = example_keys(builder)
         self.channels = builder.info.features[self._image].shape[-1]
@@ -201,44 +207,64 @@ class _PreparedSplit:
         example = self._files[position]
         return {"image": example[self._image], "label": example[self._label]}
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _PreparedSplit) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
     def __repr__(self) -> str:
         return self._name
 
 
-class _Subset:
-    """The examples of a source at some positions."""
+class Subset:
+    """The examples of a source at some positions; a subset of a subset is one of its source."""
 
     def __init__(self, source: Source, positions: np.ndarray):
-        self._source, self._positions = source, positions
+        self.source, self.positions = locate(source)
+        self.positions = self.positions[positions]
         self.channels = source.channels
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self.positions)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        return self._source[int(self._positions[position])]
+        return self.source[int(self.positions[position])]
 
     def __repr__(self) -> str:
-        return f"subset of {self._source}"
+        return f"subset of {self.source}"
+
+
+def locate(source: Source) -> tuple[Source, np.ndarray]:
+    """Return where the examples of a source are: the source that is no subset, and their positions in it."""
+    return (source.source, source.positions) if isinstance(source, Subset) else (source, np.arange(len(source)))
 
 
 def subsample(source: Source, count: int) -> Source:
     """Return `count` evenly spaced examples of a source, or all if there are fewer."""
-    return _Subset(source, np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
+    return Subset(source, np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
 
 
 class Arrays:
     """Examples in memory: uint8 images (count, height, width, channels) and int labels (count,)."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self._images, self._labels = images, labels
+        self.images, self.labels = images, labels
         self.channels: int = images.shape[-1]
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        return {"image": self._images[position], "label": self._labels[position]}
+        return {"image": self.images[position], "label": self.labels[position]}
+
+
+class Resident(Arrays):
+    """Examples in memory whose images are on the devices, too."""
+
+    def __init__(self, arrays: Arrays, on_devices: jax.Array):
+        super().__init__(arrays.images, arrays.labels)
+        self.on_devices = on_devices
 
 
 @functools.cache

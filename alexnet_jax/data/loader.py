@@ -1,16 +1,86 @@
-"""Batches as a function of (seed, step): uint8 images and labels, read ahead by threads."""
+"""Batches as a function of (seed, step), of images that are in memory or streamed.
 
+Decoded images stay on the devices (`datasets.Resident`) or in the host's memory (`datasets.Arrays`) if the budgets of
+the `data` section allow it. Otherwise threads decode them again in each epoch.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 from ml_collections import ConfigDict
+from rich.progress import track
 
 from alexnet_jax.data import image_io
-from alexnet_jax.data.datasets import Source
+from alexnet_jax.data.datasets import Arrays, Dataset, Resident, Source, Subset, locate
+from alexnet_jax.parallel import Executor
 
-Batch = dict[str, np.ndarray]  # "image": uint8 (batch, image_size, image_size, channels), "label": int32 (batch,)
+Batch = dict[str, Any]  # "image": uint8 (batch, image_size, image_size, channels), "label": int32 (batch,)
+_DECODED_TOGETHER = 256  # images
+
+
+class Selection(NamedTuple):
+    """Some of the images on the devices: uint8 (count, image_size, image_size, channels), and int (batch,)."""
+
+    images: jax.Array
+    positions: np.ndarray
+
+
+def keep_in_memory(dataset: Dataset, data_config: ConfigDict, executor: Executor) -> Dataset:
+    """Return the dataset with its images decoded in memory, where the budgets allow it, or else as it is.
+
+    All runs of a process that use the same images share them.
+    """
+    size = data_config.image_size
+    sources = [dataset.train, dataset.evaluation, *([dataset.validation] if dataset.validation else [])]
+    files = tuple(dict.fromkeys(locate(source)[0] for source in sources))
+    needed = sum(len(source) * size**2 * source.channels for source in files)
+    copies = len(executor.devices) if executor.platform == "cpu" else 1  # in the same memory
+    if copies * needed <= data_config.resident_bytes:
+        decoded: tuple[Arrays, ...] = _place(files, size, executor)
+    elif needed <= data_config.host_bytes:
+        decoded = _decode(files, size)
+    else:
+        return dataset
+    in_memory = dict(zip(files, decoded, strict=True))
+
+    def replace(source: Source) -> Source:
+        return Subset(in_memory[source.source], source.positions) if isinstance(source, Subset) else in_memory[source]
+
+    validation = replace(dataset.validation) if dataset.validation else None
+    evaluation = replace(dataset.evaluation)
+    return dataclasses.replace(dataset, train=replace(dataset.train), validation=validation, evaluation=evaluation)
+
+
+# The last dataset only: another one needs the memory.
+@functools.lru_cache(maxsize=1)
+def _place(sources: Sequence[Source], size: int, executor: Executor) -> tuple[Resident, ...]:
+    """Decode sources, and put their images on every device."""
+    return tuple(Resident(arrays, executor.replicate(arrays.images)) for arrays in _decode(sources, size))
+
+
+@functools.lru_cache(maxsize=1)
+def _decode(sources: Sequence[Source], size: int) -> tuple[Arrays, ...]:
+    """Decode all images of sources, resized and cropped to `size` pixels, on all cores."""
+
+    def decode(source: Source) -> Arrays:
+        if isinstance(source, Arrays) and source.images.shape[1:3] == (size, size):
+            return source
+        threads, chunks = os.cpu_count() or 1, _chunks(len(source), _DECODED_TOGETHER)
+        batches = _read_ahead(source, grain.MapDataset.source(chunks), size, threads, 2 * threads)
+        arrays = Arrays(np.empty((len(source), size, size, source.channels), np.uint8), np.empty(len(source), np.int32))
+        progress = track(batches, f"decoding {source}", len(chunks), disable=not sys.stdout.isatty())
+        for positions, batch in zip(chunks, progress, strict=True):
+            arrays.images[positions], arrays.labels[positions] = batch["image"], batch["label"]
+        return arrays
+
+    return tuple(map(decode, sources))
 
 
 def train_batches(source: Source, config: ConfigDict, *, seed: int, start: int, stop: int) -> Iterator[Batch]:
@@ -21,25 +91,32 @@ def train_batches(source: Source, config: ConfigDict, *, seed: int, start: int, 
     """
 
     def positions(step: int) -> np.ndarray:
-        batch_size = config.train.batch_size
-        epochs, offsets = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), len(source))
-        return np.concatenate(
-            [epoch_order(len(source), seed, epoch)[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
-        )
+        return _train_positions(len(source), config.train.batch_size, seed, step)
 
-    return _read_ahead(source, grain.MapDataset.range(start, stop).map(positions), config.data)
+    steps = grain.MapDataset.range(start, stop)
+    data = config.data
+    return _read_ahead(source, steps.map(positions), data.image_size, data.threads, data.prefetch)
 
 
-def all_batches(source: Source, config: ConfigDict, size: int) -> Iterator[Batch]:
-    """Iterate over every image once, in order, in batches of `size` with "mask": bool, False for padding with zeros."""
-    positions = [np.arange(first, min(first + size, len(source))) for first in range(0, len(source), size)]
-    for batch in _read_ahead(source, grain.MapDataset.source(positions), config.data):
-        count = len(batch["label"])
-        batch["mask"] = np.ones(count, bool)
-        yield {
-            name: np.concatenate([array, np.zeros((size - count, *array.shape[1:]), array.dtype)])
-            for name, array in batch.items()
-        }
+def resident_train_batches(
+    source: Source, config: ConfigDict, *, seed: int, spans: Iterable[range]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Iterate over the training batches of spans of 0-based steps, of images that are on the devices.
+
+    Each is {"position", of the images, and "label"}: int32 (batch, steps). The images are those of `train_batches`.
+    """
+    arrays, rows = locate(source)
+    assert isinstance(arrays, Arrays)
+    for span in spans:
+        steps = [_train_positions(len(source), config.train.batch_size, seed, step) for step in span]
+        positions = rows[np.stack(steps, axis=1)]
+        yield {"position": positions.astype(np.int32), "label": arrays.labels[positions].astype(np.int32)}
+
+
+def _train_positions(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Return which of `count` training examples a step sees, in order."""
+    epochs, offsets = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), count)
+    return np.concatenate([epoch_order(count, seed, epoch)[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
 
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
@@ -48,8 +125,36 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
+def all_batches(source: Source, config: ConfigDict, size: int) -> Iterator[Batch]:
+    """Iterate over every image once, in order, in batches of `size` with "mask": bool, False for padding.
+
+    The "image" of a resident source is a `Selection`.
+    """
+    arrays, rows = locate(source)
+    chunks = _chunks(len(source), size)
+    if isinstance(arrays, Resident):
+        for chunk in chunks:
+            positions = np.pad(rows[chunk], (0, size - len(chunk)))
+            labels = arrays.labels[positions].astype(np.int32)
+            mask = np.arange(size) < len(chunk)
+            yield {"image": Selection(arrays.on_devices, positions), "label": labels, "mask": mask}
+        return
+    data = config.data
+    for batch in _read_ahead(source, grain.MapDataset.source(chunks), data.image_size, data.threads, data.prefetch):
+        count = len(batch["label"])
+        batch["mask"] = np.ones(count, bool)
+        yield {
+            name: np.concatenate([array, np.zeros((size - count, *array.shape[1:]), array.dtype)])
+            for name, array in batch.items()
+        }
+
+
 def read(source: Source, positions: np.ndarray, size: int) -> Batch:
     """Read examples, resized and cropped to `size` x `size` pixels; raise ValueError if an image is damaged."""
+    arrays, rows = locate(source)
+    if isinstance(arrays, Arrays) and arrays.images.shape[1:3] == (size, size):
+        chosen = rows[positions]
+        return {"image": arrays.images[chosen], "label": arrays.labels[chosen].astype(np.int32)}
     images = np.empty((len(positions), size, size, source.channels), np.uint8)
     labels = np.empty(len(positions), np.int32)
     for index, position in enumerate(positions):
@@ -62,8 +167,12 @@ def read(source: Source, positions: np.ndarray, size: int) -> Batch:
     return {"image": images, "label": labels}
 
 
-def _read_ahead(source: Source, positions: grain.MapDataset, data_config: ConfigDict) -> Iterator[Batch]:
-    """Read batches in `data.threads` threads, with at most `data.prefetch` batches in memory."""
-    batches = positions.map(functools.partial(read, source, size=data_config.image_size))
-    options = grain.ReadOptions(num_threads=data_config.threads, prefetch_buffer_size=data_config.prefetch)
-    return iter(batches.to_iter_dataset(options))
+def _read_ahead(source: Source, positions: grain.MapDataset, size: int, threads: int, prefetch: int) -> Iterator[Batch]:
+    """Read batches in threads, with at most `prefetch` of them in memory."""
+    batches = positions.map(functools.partial(read, source, size=size))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
+
+
+def _chunks(count: int, size: int) -> list[np.ndarray]:
+    """Return the positions of `count` examples in chunks of `size`, the last one shorter."""
+    return [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
