@@ -1,14 +1,19 @@
 """The command `alexnet-jax VERB`, which is also `python -m alexnet_jax VERB`."""
 
 import argparse
+import contextlib
 import importlib
 import logging
+import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from alexnet_jax import __version__
 from alexnet_jax.config import load_study
+from alexnet_jax.stop import Stopped
 
 
 class Verb(NamedTuple):
@@ -19,7 +24,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "run": Verb("alexnet_jax.main", "train and evaluate every run of a study"),
+    "run": Verb("alexnet_jax.studies.runner", "train and evaluate every run of a study"),
     "prepare": Verb("alexnet_jax.data.prepare", "make a dataset from a folder of images, an archive or TFDS"),
     "evaluate": Verb("alexnet_jax.evaluate", "evaluate runs on held-out images, alone and averaged"),
     "predict": Verb("alexnet_jax.tools.predict", "classify image files and draw the paper's figure 4"),
@@ -30,7 +35,22 @@ VERBS = {
 
 
 def run_verb(name: str, argv: list[str]) -> None:
-    """Run a verb; bad input is one line on standard error and exit status 1, a wrong command line exit status 2."""
+    """Run a verb, and exit with its status.
+
+    0: done; 1: bad input, one line on standard error, or failed runs; 2: a wrong command line; 128 + N: stopped by
+    signal N (130 for Ctrl-C, 143 for SIGTERM), and the command resumes when it is run again.
+    """
+    try:
+        with contextlib.redirect_stdout(_Output(sys.stdout)):
+            _run_verb(name, argv)
+    except (ValueError, OSError) as error:
+        sys.exit(f"alexnet-jax {name}: {error}")
+    except KeyboardInterrupt as stopped:
+        print(f"alexnet-jax {name}: {str(stopped) or 'interrupted'}\nre-run the command to resume", file=sys.stderr)
+        sys.exit(stopped.exit_status if isinstance(stopped, Stopped) else 128 + signal.SIGINT)
+
+
+def _run_verb(name: str, argv: list[str]) -> None:
     module = importlib.import_module(VERBS[name].module)  # only this verb's: `--help` and `report` start at once
     parser = argparse.ArgumentParser(
         prog=f"alexnet-jax {name}",
@@ -44,17 +64,38 @@ def run_verb(name: str, argv: list[str]) -> None:
     if unknown := [argument for argument in rest if argument not in overrides]:
         parser.error(f"unknown argument {unknown[0]!r}")
     logging.getLogger().setLevel(logging.ERROR)  # JAX, Orbax and TFDS log more than the command itself
-    try:
-        if getattr(arguments, "config", None) is not None:
-            arguments.config_name = Path(arguments.config.partition(":")[0]).stem
-            arguments.config = load_study(arguments.config, overrides)
-        elif overrides:
-            parser.error(f"{overrides[0]}: needs --config")
-        module.main(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"alexnet-jax {name}: {error}")
-    except KeyboardInterrupt as stopped:
-        sys.exit(f"alexnet-jax {name}: {stopped or 'interrupted'}\nre-run the command to resume")
+    if getattr(arguments, "config", None) is not None:
+        arguments.config_name = Path(arguments.config.partition(":")[0]).stem
+        arguments.config = load_study(arguments.config, overrides)
+    elif overrides:
+        parser.error(f"{overrides[0]}: needs --config")
+    module.main(arguments)
+
+
+class _Output:
+    """Standard output that is silent from when its reader is gone, as in `| head`: no run fails of it."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text, as a stream does."""
+        self._unless_closed(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, as a stream does."""
+        self._unless_closed(self._stream.flush)
+
+    def _unless_closed(self, function: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except BrokenPipeError:
+            # What the stream still holds, and all that follows, goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def main() -> None:

@@ -1,11 +1,8 @@
 """One run, from a config to a result: setup, state, training step, and the loop."""
 
-import contextlib
 import dataclasses
 import functools
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +15,7 @@ import optax
 from jax import Array, lax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from alexnet_jax import figures, model, optim
+from alexnet_jax import figures, model, optim, stop
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import SECTIONS, as_json, validate
 from alexnet_jax.data import augment, datasets, statistics
@@ -260,7 +257,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
     Raises:
       ValueError: the config cannot run, or the folder holds a run of another config.
       FloatingPointError: the loss is not finite.
-      KeyboardInterrupt: SIGINT or SIGTERM asked to stop; a checkpoint was saved first.
+      stop.Stopped: SIGINT, SIGTERM or SIGHUP asked to stop; a checkpoint was saved first.
     """
     run = RunDir(workdir)
     run.check(as_json(config))
@@ -270,7 +267,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
     stats = setup.executor.replicate(_start(run, setup))
     executor, steps, epoch = setup.executor, setup.steps, setup.steps_per_epoch
     evaluate_all = make_evaluator(setup)
-    with Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints, _stop_requested() as stop:
+    with Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints, stop.requests() as request:
         state, progress = executor.place(init_state(setup)), Progress()
         if restored := checkpoints.restore(state):
             state, progress = restored[0], Progress.from_json(restored[1])
@@ -308,12 +305,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                             error = scores["validation/top1_error"]
                             progress.plateau = progress.plateau.after(error, config.optim.plateau)
                         writer.image(step, f"{config.model.order[0]}/filters", figures.filter_grid(filters))
-                if due.save or stop.is_set():
+                if due.save or request.is_set():
                     with timer.paused(state):
                         _mean_metrics(state, step)  # a network that has diverged is not saved
                         checkpoints.save(step, state, dataclasses.asdict(progress))
-                if stop.is_set() and not last:
-                    raise KeyboardInterrupt(f"{run.path}: stopped at step {step} of {steps}; a checkpoint is saved")
+                if not last:
+                    request.obey(f"{run.path}: stopped at step {step} of {steps}; a checkpoint is saved")
             outcomes = outcomes or evaluate_all(state, stats)
             _write_artifacts(run, writer, setup, outcomes["eval"], _first_kernel(state, config))
             result = {
@@ -450,27 +447,3 @@ def _mean_metrics(state: State, step: int) -> dict[str, float]:
 def _crosses_multiple(step: int, period: float) -> bool:
     """Return whether a multiple of the period lies in (step - 1, step]."""
     return step // period > (step - 1) // period
-
-
-@contextlib.contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """Yield an event that SIGINT and SIGTERM set; a second signal acts as it would without this."""
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield requested
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # A signal that is ignored, as SIGINT is in a shell's background job, stays ignored.
-    handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
-
-    def request(number: int, frame: object) -> None:
-        requested.set()
-        signal.signal(number, handlers[signal.Signals(number)])
-
-    for number in handlers:
-        signal.signal(number, request)
-    try:
-        yield requested
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

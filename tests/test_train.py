@@ -23,7 +23,7 @@ import pytest
 from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alexnet_jax import evaluate, metrics, train
+from alexnet_jax import evaluate, metrics, stop, train
 from alexnet_jax.checkpoint import Checkpoints, load_run
 from alexnet_jax.data import datasets, loader, prepare, sources, statistics
 from alexnet_jax.data.datasets import Arrays
@@ -225,7 +225,7 @@ def test_resume_after_a_signal_is_bit_identical(
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
         patch.setattr(MetricWriter, "progress", send_at(7, number))
-        with pytest.raises(KeyboardInterrupt, match="stopped at step 7 of 12"):
+        with pytest.raises(stop.Stopped, match="stopped at step 7 of 12"):
             train.train_and_evaluate(tiny, tmp_path)
     assert RunDir(tmp_path).result is None
     assert (tmp_path / "checkpoints" / "7").is_dir()
@@ -235,27 +235,12 @@ def test_resume_after_a_signal_is_bit_identical(
 
 
 @pytest.mark.usefixtures("default_handlers")
-def test_second_signal_stops_a_run_at_once(tmp_path: Path, tiny: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MetricWriter, "progress", send_at(7, signal.SIGINT, signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        train.train_and_evaluate(tiny, tmp_path)
-    assert str(stopped.value) == ""
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "6"}
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("default_handlers")
-def test_ignored_signal_stays_ignored(
-    tmp_path: Path, whole: Path, tiny: ConfigDict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A shell's background jobs ignore SIGINT: Ctrl-C is for the job in the foreground."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    monkeypatch.setattr(MetricWriter, "progress", send_at(7, signal.SIGINT))
-    with contextlib.suppress(KeyboardInterrupt):  # it would stop pytest
-        train.train_and_evaluate(tiny, tmp_path)
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    assert result(tmp_path) == result(whole)
+def test_signal_in_the_last_step_is_kept(tmp_path: Path, tiny: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is finished, and whoever called it is told."""
+    monkeypatch.setattr(MetricWriter, "progress", send_at(12, signal.SIGTERM))
+    with stop.requests() as request:
+        assert train.train_and_evaluate(tiny, tmp_path)["steps"] == 12
+        assert request.number == signal.SIGTERM
 
 
 @pytest.mark.slow
@@ -315,7 +300,7 @@ def test_decay_on_plateau_survives_an_interruption(tmp_path: Path, monkeypatch: 
     config = run_config(**SHALLOW | changes)
     with monkeypatch.context() as patch:
         patch.setattr(MetricWriter, "progress", send_at(7, signal.SIGTERM))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(stop.Stopped):
             train.train_and_evaluate(config, tmp_path / "pieces")
     train.train_and_evaluate(config, tmp_path / "pieces")
     train.train_and_evaluate(config, tmp_path / "whole")
@@ -359,7 +344,7 @@ def test_run_on_jpegs_with_every_feature_resumes_bit_identical(
     monkeypatch.setattr(train, "train_batches", hash_batches)
     with monkeypatch.context() as patch:
         patch.setattr(MetricWriter, "progress", send_at(7, signal.SIGTERM))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(stop.Stopped):
             train.train_and_evaluate(config, tmp_path / "pieces")
     stored = list(tmp_path.glob("photos/**/statistics_*.npz"))
     assert stored
@@ -455,7 +440,7 @@ def test_several_steps_in_one_program_resume_bit_identical(tmp_path: Path, monke
     for step in (3, 6, 7, 9):
         with monkeypatch.context() as patch:
             patch.setattr(MetricWriter, "progress", send_at(step, signal.SIGTERM))
-            with pytest.raises(KeyboardInterrupt, match=f"stopped at step {step} of 12"):
+            with pytest.raises(stop.Stopped, match=f"stopped at step {step} of 12"):
                 train.train_and_evaluate(together, tmp_path / str(step))
         train.train_and_evaluate(together, tmp_path / str(step))
         assert_same_run(together, tmp_path / "whole", tmp_path / str(step))

@@ -1,8 +1,16 @@
-"""A study: every arm with every seed, each a run in a folder of its own; several machines may share the study's."""
+"""Train and evaluate every run of a study, then write its report.
 
+python -m alexnet_jax.main --config=configs/ablation_lrn.py[:SCALE] [--config.KEY=VALUE ...]
+
+Every arm runs with every seed, each in a folder of its own; several machines may share the study's folder. Re-run the
+command to resume: finished runs are skipped, interrupted runs continue.
+"""
+
+import argparse
+import contextlib
 import math
 import re
-import time
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +23,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from alexnet_jax import train
+from alexnet_jax import parallel, stop, train
 from alexnet_jax.config import as_json, flatten, run_config
 from alexnet_jax.metrics import write_layout
 from alexnet_jax.run_dir import RunDir, StudyDir, write_json
@@ -129,8 +137,13 @@ def run_study(study: ConfigDict, workdir: Path | str, only: Sequence[str] = ()) 
 
     Raises:
       ValueError: some run cannot run as configured; none was started.
+      stop.Stopped: a signal asked to stop; the command resumes when it is run again.
     """
-    workdir = Path(workdir)
+    with stop.requests() as request:
+        return _run_study(study, Path(workdir), only, request)
+
+
+def _run_study(study: ConfigDict, workdir: Path, only: Sequence[str], request: stop.Request) -> list[Run]:
     runs, tuning_runs = plan(study, workdir, only), trials(study, workdir, only)
     for run in tuning_runs:
         train.open_run(run.config)
@@ -141,13 +154,13 @@ def run_study(study: ConfigDict, workdir: Path | str, only: Sequence[str] = ()) 
     _check_folders(tuning_runs or runs)
     _describe(study, workdir, sizes)
     write_layout(workdir)
-    failed = _run_all(tuning_runs, wait=True)
+    failed = _run_all(tuning_runs, request, wait=True)
     if tuning_runs:
         chosen = {arm: choice["chosen"] for arm, choice in choices(study, workdir).items()}
         runs = [run for run in plan(study, workdir, only, chosen) if run.arm in chosen]
         _check_folders(runs)
         _describe(study, workdir, sizes)
-    failed += _run_all(runs)
+    failed += _run_all(runs, request)
     report.write(workdir)
     return failed
 
@@ -219,12 +232,13 @@ def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
     write_json(StudyDir(workdir).study_file, description)
 
 
-def _run_all(runs: list[Run], *, wait: bool = False) -> list[Run]:
+def _run_all(runs: list[Run], request: stop.Request, *, wait: bool = False) -> list[Run]:
     """Run what is not finished, and return what failed; with `wait`, when runs of other processes have ended, too."""
     failed = []
     while runs:
         busy = []
         for run in runs:
+            request.obey(f"stopped before {run.name}")
             folder = run.folder.path
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +252,7 @@ def _run_all(runs: list[Run], *, wait: bool = False) -> list[Run]:
             print(f"being run by another process: {'; '.join(run.name for run in busy)}", flush=True)
         runs = busy if wait else []
         if runs:
-            time.sleep(POLL_SECONDS)
+            request.wait(POLL_SECONDS)
     return failed
 
 
@@ -248,7 +262,32 @@ def _run_or_record_failure(run: Run) -> bool:
     try:
         train.train_and_evaluate(run.config, run.folder.path, run.labels)
     except Exception as error:  # whatever it is, the other runs continue
-        write_json(run.folder.failure_file, {"error": str(error), "traceback": traceback.format_exc()})
         print(f"{run.name} failed: {error}", flush=True)
+        with contextlib.suppress(OSError):  # a disk that is full, or a folder that has vanished, may be the error
+            write_json(run.folder.failure_file, {"error": str(error), "traceback": traceback.format_exc()})
         return False
     return True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the verb run."""
+    parser.add_argument("--config", required=True, help="the study's file, and its scale after a colon")
+    parser.add_argument("--workdir", type=Path, help="the study's folder; default: runs/ and the name of the file")
+    parser.add_argument("--dry_run", action="store_true", help="print the runs and their sizes, train nothing")
+    parser.add_argument("--only", default="", help="arms to run, separated by commas; default: all")
+    parser.add_argument("--seeds", help="seeds to run, as 0:5 or 0,2,4; default: the study's")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run a study; raise ValueError, before any run is started, if one cannot run as configured."""
+    study = arguments.config
+    workdir = arguments.workdir or Path("runs", arguments.config_name)
+    if arguments.seeds is not None:
+        study.seeds = parse_seeds(arguments.seeds)
+    only = arguments.only.split(",") if arguments.only else []
+    parallel.initialize(study.model.towers)
+    if arguments.dry_run:
+        print_plan(study, workdir, only)
+    elif failed := run_study(study, workdir, only):
+        names = "; ".join(run.name for run in failed)
+        sys.exit(f"alexnet-jax run: {len(failed)} run(s) failed: {names}; re-run the command to try them again")

@@ -272,7 +272,7 @@ def matmul(network: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
 
 def startup() -> None:
     """Run from the import of the command to the end of the first step of the embedded job."""
-    import_module("alexnet_jax.main")  # imports all that the command does
+    import_module("alexnet_jax.studies.runner")  # imports all that the command does
     parallel.initialize(2)
     import jax
 

@@ -37,7 +37,8 @@ def test_embedded_splits_are_balanced_and_disjoint() -> None:
 WITHOUT_TFDS = """
 import sys
 from support import run_config
-from alexnet_jax import main, train
+from alexnet_jax import train
+from alexnet_jax.studies import runner
 train.open_run(run_config())
 assert "tensorflow_datasets" not in sys.modules
 """

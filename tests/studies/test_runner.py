@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pandas as pd
 import pytest
 from ml_collections import ConfigDict
 
-from alexnet_jax import train
+from alexnet_jax import stop, train
 from alexnet_jax.config import as_json
 from alexnet_jax.configs import ablation_lrn
 from alexnet_jax.data.loader import train_batches
@@ -226,6 +227,28 @@ def test_study_that_cannot_tune_raises(
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
+def test_signal_at_the_end_of_a_run_stops_the_study(
+    trained: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_and_evaluate = train.train_and_evaluate
+
+    def train_and_signal(*arguments: Any) -> dict[str, Any]:
+        try:
+            return train_and_evaluate(*arguments)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "train_and_evaluate", train_and_signal)
+    with pytest.raises(stop.Stopped, match="stopped before no_lrn, seed 0") as stopped:
+        runner.run_study(tiny_study(), tmp_path, only=["lrn", "no_lrn"])
+    assert stopped.value.exit_status == 143
+    assert [arm for arm, _ in trained] == ["lrn"]
+    monkeypatch.setattr(train, "train_and_evaluate", train_and_evaluate)
+    assert runner.run_study(tiny_study(), tmp_path, only=["lrn", "no_lrn"]) == []
+    assert [arm for arm, _ in trained] == ["lrn", "no_lrn"]
+
+
 HOLDER = """
 import sys, time
 import filelock
@@ -266,11 +289,11 @@ def test_trials_of_another_process_are_waited_for(
     held.acquire()
     waits: list[float] = []
 
-    def sleep(seconds: float) -> None:
+    def wait(_: stop.Request, seconds: float) -> None:
         waits.append(seconds)
         held.release()
 
-    monkeypatch.setattr(runner.time, "sleep", sleep)
+    monkeypatch.setattr(stop.Request, "wait", wait)
     runner.run_study(tuned_study(0.001, 0.01), tmp_path, only=["relu"])
     assert waits == [runner.POLL_SECONDS]
     assert [str(path.relative_to(tmp_path / "relu")) for _, path in trained] == [

@@ -1,0 +1,86 @@
+"""Stop requests: signals that end a program once what was done is saved. Needs no JAX."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FORCED_AFTER = 1.0  # seconds; an earlier second signal belongs to the first one, as of a terminal and its parent
+
+
+class Stopped(KeyboardInterrupt):
+    """A stop request was obeyed: everything is saved, and the command resumes when it is run again."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.exit_status = 128 + number  # as of a program that the signal has ended
+
+
+class Request:
+    """A stop request, kept from the first signal until it is obeyed."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None  # of the signal; None without a request
+        self._event = threading.Event()
+
+    def make(self, number: int) -> None:
+        """Ask for a stop, as the signal of this number does."""
+        self.number = number
+        self._event.set()
+
+    def is_set(self) -> bool:
+        """Return True if somebody asked for a stop."""
+        return self._event.is_set()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for some seconds, or until somebody asks for a stop."""
+        self._event.wait(seconds)
+
+    def obey(self, message: str) -> None:
+        """Raise `Stopped` if somebody asked for a stop."""
+        if self.number is not None:
+            raise Stopped(message, self.number)
+
+
+_outermost: Request | None = None
+
+
+@contextlib.contextmanager
+def requests() -> Iterator[Request]:
+    """Yield the stop request that SIGINT, SIGTERM and SIGHUP make; that of the outermost context, if they are nested.
+
+    A second signal, after `FORCED_AFTER` seconds, acts as it would without this. Outside the main thread, which alone
+    receives signals, nobody asks.
+    """
+    global _outermost
+    if threading.current_thread() is not threading.main_thread():
+        yield Request()
+        return
+    if _outermost is not None:
+        yield _outermost
+        return
+    request, asked = Request(), 0.0
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    # A signal that is ignored, as SIGINT is in a shell's background job and SIGHUP under nohup, stays ignored.
+    handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+
+    def handle(number: int, _: object) -> None:
+        nonlocal asked
+        if not request.is_set():
+            asked = time.monotonic()
+            request.make(number)
+        elif time.monotonic() - asked > FORCED_AFTER:
+            signal.signal(number, handlers[signal.Signals(number)])
+            signal.raise_signal(number)
+
+    for number in handlers:
+        signal.signal(number, handle)
+    _outermost = request
+    try:
+        yield request
+    finally:
+        _outermost = None
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
