@@ -74,12 +74,12 @@ def _make_predictor(config: FrozenConfigDict, classes: int, precision: str, exec
     views = augment.evaluation_views(config.eval.views, config.data.image_size, config.data.crop)
     stacked_views = augment.View(*(jnp.array(field) for field in zip(*views, strict=True)))
 
+    @jax.default_matmul_precision(precision)
     def predict(variables: Any, statistics: Statistics, images: jax.Array) -> jax.Array:
         def predict_view(view: augment.View) -> Any:
             return model.apply(variables, augment.inputs(images, view, config.data, statistics), train=False)
 
-        with jax.default_matmul_precision(precision):
-            return mean_of_probabilities(lax.map(predict_view, stacked_views))
+        return mean_of_probabilities(lax.map(predict_view, stacked_views))
 
     return map_over_batch(predict, executor)
 
@@ -168,6 +168,8 @@ def evaluate_runs(run_dirs: Sequence[Path], *, views: int | None = None, data_di
                     "the same images"
                 )
     dataset = datasets.load(common.data)
+    for name in networks:
+        RunDir(name).check_dataset(dataset.metadata(common.data))
     predictions = {}
     for name, network in networks.items():
         config = network.config.copy_and_resolve_references()

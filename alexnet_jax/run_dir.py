@@ -125,6 +125,20 @@ class RunDir:
                 "choose another --workdir, or delete that folder to start again"
             )
 
+    def check_dataset(self, metadata: dict[str, Any]) -> None:
+        """Check that the run, if there is one, was of the same images and classes, as from `Dataset.metadata`.
+
+        Raises:
+          ValueError: the dataset has changed.
+        """
+        existing = read_json(self.dataset_file) or {}
+        for field in ("classes", "class_names", "fingerprint"):
+            if existing.get(field, metadata[field]) != metadata[field]:
+                raise ValueError(
+                    f"{self.path} holds a run on other images ({field} was {existing[field]}, is {metadata[field]}): "
+                    f"prepare {metadata['name']} from the same images again, or choose another --workdir"
+                )
+
 
 class StudyDir:
     """The folder of a study, with a folder for each of its runs."""

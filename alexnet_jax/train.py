@@ -199,6 +199,7 @@ def _tower_step(config: FrozenConfigDict, classes: int, steps_per_epoch: float, 
     optimizer = optim.make_optimizer(config.optim, config.model.layers, steps_per_epoch, steps)
     noise_until = config.data.augment.code2012.noise_until_epoch
 
+    @jax.default_matmul_precision(config.train.matmul_precision)
     def tower_step(
         state: State, batch: dict[str, Array], statistics: Statistics, seed: Array, step: Array, plateau_decays: Array
     ) -> State:
@@ -216,8 +217,7 @@ def _tower_step(config: FrozenConfigDict, classes: int, steps_per_epoch: float, 
             # Gradients are summed over towers, and each tower has computed the whole loss.
             return metrics["loss"].sum() / batch_size / lax.axis_size(TOWER), (metrics, updated)
 
-        with jax.default_matmul_precision(config.train.matmul_precision):
-            gradients, (metrics, updated) = jax.grad(tower_loss, has_aux=True)(state.params)
+        gradients, (metrics, updated) = jax.grad(tower_loss, has_aux=True)(state.params)
         totals = {name: values.sum() for name, values in metrics.items()}
         totals["images"] = jnp.float32(len(batch["label"]))
         gradients, totals = lax.psum((gradients, totals), DATA)
@@ -255,7 +255,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
       The contents of result.json: the last metrics (errors are fractions of 1), steps, parameters, seconds.
 
     Raises:
-      ValueError: the config cannot run, or the folder holds a run of another config.
+      ValueError: the config cannot run, or the folder holds a run of another config or on other images.
       FloatingPointError: the loss is not finite.
       stop.Stopped: SIGINT, SIGTERM or SIGHUP asked to stop; a checkpoint was saved first.
     """
@@ -263,7 +263,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
     run.check(as_json(config))
     if run.result is not None:
         return run.result
-    setup = _keep_in_memory(open_run(config))
+    setup = open_run(config)
+    run.check_dataset(setup.dataset.metadata(config.data))
+    setup = _keep_in_memory(setup)
     stats = setup.executor.replicate(_start(run, setup))
     executor, steps, epoch = setup.executor, setup.steps, setup.steps_per_epoch
     evaluate_all = make_evaluator(setup)
@@ -378,17 +380,8 @@ def _start(run: RunDir, setup: Setup) -> Statistics:
     """Write the files that describe a run, and return its dataset statistics."""
     config, dataset = setup.config, setup.dataset
     devices = [str(device) for device in setup.executor.devices]
-    metadata = {
-        "name": config.data.name,
-        "classes": dataset.classes,
-        "class_names": list(dataset.class_names),
-        "train_images": len(dataset.train),
-        "validation_images": len(dataset.validation or ()),
-        "eval_split": config.data.eval_split,
-        "eval_images": len(dataset.evaluation),
-    }
     write_json(run.config_file, as_json(config))
-    write_json(run.dataset_file, metadata)
+    write_json(run.dataset_file, dataset.metadata(config.data))
     stats = statistics.load_or_measure(run.statistics_file, dataset, config.data)
     executed = {
         "executor": setup.executor.name,

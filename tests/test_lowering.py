@@ -84,6 +84,21 @@ def test_programs_for_gpus_are_deterministic_and_not_grouped(name: str) -> None:
         assert set(groups) == {"1"}
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("tensorfloat32", "HIGH"), ("float32", "HIGHEST")])
+def test_all_products_have_the_configured_precision(
+    precision: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward, of convolutions, dense layers and colour noise; in training and in evaluation."""
+    changes = {"train.matmul_precision": precision, "data.crop": 224, "data.image_size": 230}
+    config = run_config("cifar10", **TINY | changes)
+    monkeypatch.setitem(CONFIGS, precision, config)
+    for program in programs(precision, "cuda").values():
+        operations = count_operations(program)
+        precisions = re.findall(r"precision(?:_config)? = \[([^\]]*)\]", program.mlir_module())
+        assert len(precisions) == operations["convolution"] + operations["dot_general"]
+        assert {name.split()[-1].rstrip(">") for each in precisions for name in each.split(", ")} == {expected}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cpus_run_their_own_kernels(name: str) -> None:
     """They have no select_and_scatter (pooling), and multiply matrices for the gradients of the convolutions."""

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ with epy.lazy_imports():  # the import takes half a second, and the embedded dat
 
 EMBEDDED = "mnist5k"
 PREPARED_VERSION = "1.0.0"
+_STAMPED = 2**16  # bytes
 
 
 class Source(Protocol):
@@ -45,12 +47,25 @@ class Dataset:
     class_names: Sequence[str]  # in the order of the labels
     channels: int
     folder: Path | None = None  # of a prepared dataset
-    fingerprint: str = ""  # a hash that changes with the training examples
+    fingerprint: str = ""  # a hash of all files and the classes' names; empty if embedded
 
     @property
     def classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    def metadata(self, data_config: ConfigDict) -> dict[str, Any]:
+        """Return what a run remembers of its dataset, as JSON."""
+        return {
+            "name": data_config.name,
+            "fingerprint": self.fingerprint,
+            "classes": self.classes,
+            "class_names": list(self.class_names),
+            "train_images": len(self.train),
+            "validation_images": len(self.validation or ()),
+            "eval_split": data_config.eval_split,
+            "eval_images": len(self.evaluation),
+        }
 
 
 def load(data_config: ConfigDict) -> Dataset:
@@ -83,8 +98,8 @@ def load(data_config: ConfigDict) -> Dataset:
     if builder is None:
         return Dataset(train, validation, evaluation, [str(digit) for digit in range(10)], train.channels)
     class_names = builder.info.features[example_keys(builder)[1]].names
-    folder, fingerprint = Path(builder.data_dir), _fingerprint(builder, data_config)
-    return Dataset(train, validation, evaluation, class_names, train.channels, folder, fingerprint)
+    fingerprint = hashlib.sha256(json.dumps([class_names, _stamps(builder)]).encode()).hexdigest()[:16]
+    return Dataset(train, validation, evaluation, class_names, train.channels, Path(builder.data_dir), fingerprint)
 
 
 def root(data_dir: str) -> Path:
@@ -179,15 +194,18 @@ def _files(builder: tfds.core.DatasetBuilder) -> list[Path]:
 
 
 def _stamps(builder: tfds.core.DatasetBuilder) -> list[tuple[str, int, int]]:
-    """Return names, sizes and times of a prepared dataset's files."""
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _files(builder)]
+    """Return names, sizes and checksums of a prepared dataset's files."""
+    statuses = [(file, file.stat()) for file in _files(builder)]
+    return [(file.name, status.st_size, _checksum(file, status.st_mtime_ns)) for file, status in statuses]
 
 
-def _fingerprint(builder: tfds.core.DatasetBuilder, data_config: ConfigDict) -> str:
-    """Hash the choice of the training examples, and the names, sizes and times of their files."""
-    held_out = data_config.validation_split if "/" in data_config.validation_split else ""
-    choice = (data_config.train_split, data_config.image_size, held_out)
-    return hashlib.sha256(json.dumps([choice, _stamps(builder)]).encode()).hexdigest()[:16]
+@functools.cache
+def _checksum(file: Path, time: int) -> int:
+    """Return the CRC-32 of the first and the last 64 KiB of a file as it was at a time: a copy has the same."""
+    with file.open("rb") as stream:
+        head = stream.read(_STAMPED)
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - _STAMPED))
+        return zlib.crc32(stream.read(), zlib.crc32(head))
 
 
 class _PreparedSplit:

@@ -1,6 +1,7 @@
 """Dataset statistics, measured once on the training images: the mean image and the principal axes of the colours."""
 
 import contextlib
+import hashlib
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -66,10 +67,12 @@ def uniform(data_config: ConfigDict, channels: int) -> Statistics:
 
 
 def _stored_moments(dataset: Dataset, data_config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Return `moments`, stored in a prepared dataset's folder under its fingerprint."""
+    """Return `moments`, stored in a prepared dataset's folder under a hash of the training images."""
     if dataset.folder is None:
         return moments(dataset, data_config)
-    path = dataset.folder / f"statistics_{dataset.fingerprint}.npz"
+    held_out = data_config.validation_split if "/" in data_config.validation_split else ""
+    training_images = (dataset.fingerprint, data_config.train_split, data_config.image_size, held_out)
+    path = dataset.folder / f"statistics_{hashlib.sha256(repr(training_images).encode()).hexdigest()[:16]}.npz"
     if arrays := _read_arrays(path):
         return arrays["image"], arrays["covariance"]
     image, covariance = moments(dataset, data_config)

@@ -8,6 +8,7 @@ command to resume: finished runs are skipped, interrupted runs continue.
 
 import argparse
 import contextlib
+import functools
 import math
 import re
 import sys
@@ -19,12 +20,13 @@ from typing import Any
 
 import filelock
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from alexnet_jax import parallel, stop, train
 from alexnet_jax.config import as_json, flatten, run_config
+from alexnet_jax.data import datasets
 from alexnet_jax.metrics import write_layout
 from alexnet_jax.run_dir import RunDir, StudyDir, write_json
 from alexnet_jax.studies import report
@@ -211,9 +213,16 @@ def _changes(study: ConfigDict, arm: str, chosen: dict[str, Any] | None = None) 
 
 
 def _check_folders(runs: list[Run]) -> None:
-    """Check that no run's folder holds a run of another config."""
+    """Check that no run's folder holds a run of another config or on other images."""
+
+    @functools.cache
+    def metadata(data_config: FrozenConfigDict) -> dict[str, Any]:
+        return datasets.load(data_config).metadata(data_config)
+
     for run in runs:
         run.folder.check(as_json(run.config))
+        if run.folder.dataset_file.exists():
+            run.folder.check_dataset(metadata(FrozenConfigDict(run.config.data)))
 
 
 def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:

@@ -54,7 +54,9 @@ def predict(
     variables, statistics = executor.place(network.variables), executor.replicate(network.known_statistics())
     nearest: list[list[tuple[np.ndarray, str]]] = [[] for _ in files]
     if neighbours:
-        held_out = datasets.load(config.data).evaluation
+        dataset = datasets.load(config.data)
+        RunDir(run_dir).check_dataset(dataset.metadata(config.data))
+        held_out = dataset.evaluation
         if neighbours > len(held_out):
             raise ValueError(f"--neighbours={neighbours}: must be at most the {len(held_out)} held-out images")
         of_images = functools.partial(features(config, network.classes, executor), variables, statistics)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import stop, train
 from alexnet_jax.config import as_json
-from alexnet_jax.configs import ablation_lrn
+from alexnet_jax.configs import ablation_lrn, base
+from alexnet_jax.data import prepare, sources
 from alexnet_jax.data.loader import train_batches
+from alexnet_jax.evaluate import evaluate_runs
 from alexnet_jax.run_dir import RunDir, StudyDir, read_json, write_json, write_text
 from alexnet_jax.studies import analysis, runner
-from alexnet_jax.tools import summary
+from alexnet_jax.tools import predict, summary
 from support import TINY, run_config
 
 
@@ -225,6 +228,44 @@ def test_study_that_cannot_tune_raises(
     with pytest.raises(ValueError, match=message):
         runner.run_study(tuned_study(1.0, **changes), tmp_path / "study")
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.slow
+def test_dataset_that_was_prepared_anew_is_refused(photos: Path, tmp_path: Path) -> None:
+    """One image has changed: by a finished and by an interrupted run, in the study, in evaluation and prediction."""
+
+    def prepare_again(folder: Path) -> None:
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        prepare.prepare(sources.folder(folder), 32, str(tmp_path / "data"))
+
+    changes = {
+        "model.order": ("conv1", "conv3", "fc8"),
+        "data.name": "photos",
+        "data.data_dir": str(tmp_path / "data"),
+        "data.eval_split": "validation",
+        "train.epochs": 0.1,
+    }
+    study = base.study("cifar10", {"a": {}}, changes=TINY | changes, seeds=(0,))
+    prepare_again(photos)
+    assert runner.run_study(study, tmp_path / "study") == []
+    run = StudyDir(tmp_path / "study").run("a", 0)
+    other = shutil.copytree(photos, tmp_path / "other" / "photos")
+    changed = other / "train" / "cat" / "0.jpg"
+    shutil.copy(other / "train" / "cat" / "1.jpg", changed)
+    prepare_again(other)
+    refused = r"a/seed_0 holds a run on other images \(fingerprint was \w+, is \w+\): prepare photos from"
+    with pytest.raises(ValueError, match=refused):
+        runner.run_study(study, tmp_path / "study")
+    with pytest.raises(ValueError, match=refused):
+        evaluate_runs([run.path])
+    with pytest.raises(ValueError, match=refused):
+        predict.predict(run.path, [changed], neighbours=1)
+    run.result_file.unlink()
+    with pytest.raises(ValueError, match=refused):
+        train.train_and_evaluate(runner.plan(study, tmp_path / "study")[0].config, run.path)
+    prepare_again(photos)
+    assert runner.run_study(study, tmp_path / "study") == []
+    assert run.status == "finished"
 
 
 @pytest.mark.slow
