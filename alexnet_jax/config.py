@@ -27,6 +27,24 @@ MATMUL_PRECISIONS = ("tensorfloat32", "float32")
 SUBTRACT = ("mean_image", "central_mean_image", "mean_pixel", "mean")
 
 
+# Fields that may change when a run is resumed: they decide how it is computed and recorded, and not what it learns.
+# Other executors and steps in one program round otherwise.
+FREE = (
+    "data.data_dir",
+    "data.resident_bytes",
+    "data.host_bytes",
+    "data.threads",
+    "data.prefetch",
+    "train.executor",
+    "train.steps_per_dispatch",
+    "train.log_every",
+    "train.profile",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "eval.batch_size",
+)
+
+
 def load_study(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Load a study from a config file; raise ValueError if the file, scale or a key is unknown, or a type is wrong.
 

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from alexnet_jax import __version__
-from alexnet_jax.config import flatten, from_json
+from alexnet_jax.config import FREE, flatten, from_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
@@ -80,6 +80,7 @@ class RunDir:
         self.by_class_file = self.path / "by_class.json"  # the final error of each class
         self.result_file = self.path / "result.json"  # the final metrics; exists only if the run is finished
         self.failure_file = self.path / "failure.json"  # the error that ended a failed run
+        self.starts_file = self.path / "starts.json"  # how often the run was started without an end: by crashes
         self.checkpoints = self.path / "checkpoints"
 
     @property
@@ -109,21 +110,25 @@ class RunDir:
         return [json.loads(line) for line in complete_lines(self.metrics_file)]
 
     def check(self, config: dict[str, Any]) -> None:
-        """Check that the folder is free for a config, as from `config.as_json`, or already belongs to it.
+        """Check that the folder is free for a config, as from `config.as_json`, or belongs to one that learns the same.
 
         Raises:
           ValueError: the folder holds a run of another config, or of a version with other fields.
         """
         self.read_config()
         existing = read_json(self.config_file)
-        if existing is not None and existing != config:
-            old, new = flatten(existing), flatten(config)
-            changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+        old, new = flatten(existing or config), flatten(config)
+        if changed := [key for key in sorted(old | new) if key not in FREE and old.get(key) != new.get(key)]:
             changes = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
             raise ValueError(
                 f"{self.path} holds a run of another config ({'; '.join(changes)}): "
                 "choose another --workdir, or delete that folder to start again"
             )
+
+    @property
+    def crashes(self) -> int:
+        """How often the process has crashed in this run since the run last ended by itself."""
+        return (read_json(self.starts_file) or {"starts": 0})["starts"]
 
     def check_dataset(self, metadata: dict[str, Any]) -> None:
         """Check that the run, if there is one, was of the same images and classes, as from `Dataset.metadata`.

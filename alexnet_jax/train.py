@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jax import Array, lax
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -256,7 +256,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
 
     Raises:
       ValueError: the config cannot run, or the folder holds a run of another config or on other images.
-      FloatingPointError: the loss is not finite.
+      FloatingPointError: a metric or a parameter is not finite.
       stop.Stopped: SIGINT, SIGTERM or SIGHUP asked to stop; a checkpoint was saved first.
     """
     run = RunDir(workdir)
@@ -291,7 +291,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                 if due.log:
                     with timer.paused(state):
                         learning_rate = optim.learning_rate(config.optim, epoch, steps, step - 1, decays)
-                        means = _mean_metrics(state, step) | {"learning_rate": float(learning_rate)}
+                        means = _mean_metrics(state) | {"learning_rate": float(learning_rate)}
+                        _check_finite(means, step)
                         progress.metrics |= writer.write(step, {"epoch": step / epoch, **means, **timer.lap()})
                         if warning := timer.warning(config.data):
                             writer.log(warning)
@@ -302,6 +303,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                         filters = _first_kernel(state, config)
                         scores = {f"{part}/{k}": v for part, each in outcomes.items() for k, v in each.means().items()}
                         scores |= figures.colour_metrics(filters)
+                        _check_finite(scores, step)
                         progress.metrics |= writer.write(step, {"epoch": step / epoch, **scores})
                         if "validation" in outcomes:
                             error = scores["validation/top1_error"]
@@ -309,7 +311,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                         writer.image(step, f"{config.model.order[0]}/filters", figures.filter_grid(filters))
                 if due.save or request.is_set():
                     with timer.paused(state):
-                        _mean_metrics(state, step)  # a network that has diverged is not saved
+                        _check_finite(flatten_dict(jax.device_get(state.variables), sep="/"), step)
                         checkpoints.save(step, state, dataclasses.asdict(progress))
                 if not last:
                     request.obey(f"{run.path}: stopped at step {step} of {steps}; a checkpoint is saved")
@@ -426,15 +428,21 @@ def _first_kernel(state: State, config: ConfigDict) -> np.ndarray:
     return jax.device_get(state.params[config.model.order[0]]["kernel"])
 
 
-def _mean_metrics(state: State, step: int) -> dict[str, float]:
-    """Return mean training loss and errors since they were last logged; raise FloatingPointError if not finite."""
+def _mean_metrics(state: State) -> dict[str, float]:
+    """Return mean training loss and errors since they were last logged."""
     totals = {name: float(total[0]) for name, total in jax.device_get(state.sums).items()}
     images = totals.pop("images")
-    if not math.isfinite(totals["loss"]):
-        raise FloatingPointError(
-            f"train/loss is {totals['loss']} by step {step}: training has diverged; lower --config.optim.learning_rate"
-        )
     return {f"train/{name}": total / images for name, total in totals.items()} if images else {}
+
+
+def _check_finite(values: Mapping[str, Any], step: int) -> None:
+    """Raise FloatingPointError if a metric or an array is not finite: it is neither logged nor saved."""
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            what = value if np.ndim(value) == 0 else "not finite"
+            raise FloatingPointError(
+                f"{name} is {what} by step {step}: training has diverged; lower --config.optim.learning_rate"
+            )
 
 
 def _crosses_multiple(step: int, period: float) -> bool:

@@ -34,6 +34,22 @@ TINY: dict[str, Any] = {
     "eval.train_images": 20,
 }
 
+# Another value for each field that may change when a run is resumed.
+FREELY_CHANGED: dict[str, Any] = {
+    "data.data_dir": "elsewhere",
+    "data.resident_bytes": 0,
+    "data.host_bytes": 0,
+    "data.threads": 1,
+    "data.prefetch": 2,
+    "train.executor": "vmap",
+    "train.steps_per_dispatch": 2,
+    "train.log_every": 3,
+    "train.profile": 1,
+    "train.checkpoint_every": 4,
+    "train.keep_checkpoints": 1,
+    "eval.batch_size": 100,
+}
+
 NETWORKS = sorted(path.stem for path in (REPOSITORY / "configs" / "networks").glob("*.py"))
 # Few features, and images just large enough, for a network of the ImageNet size.
 REDUCED: dict[str, Any] = {

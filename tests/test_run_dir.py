@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from alexnet_jax import run_dir
-from alexnet_jax.config import as_json
+from alexnet_jax.config import FREE, as_json, flatten
 from alexnet_jax.run_dir import RunDir, StudyDir, atomic_write, complete_lines, read_json, write_json, write_text
-from support import REPOSITORY, run_config
+from support import FREELY_CHANGED, REPOSITORY, run_config
 
 
 def test_atomic_write_makes_folders_and_files_that_others_can_read(tmp_path: Path) -> None:
@@ -105,6 +105,22 @@ def test_check_names_every_difference(tmp_path: Path) -> None:
         "['activation']; optim.learning_rate was 0.004, is 0.5; seed was 0, is 1): choose another --workdir, or "
         "delete that folder to start again"
     )
+
+
+def test_fields_that_do_not_decide_what_is_learned_may_change(tmp_path: Path) -> None:
+    run, config = RunDir(tmp_path / "run"), flatten(as_json(run_config()))
+    write_json(run.config_file, as_json(run_config()))
+    assert set(FREE) < config.keys()
+    changed = run_config(**FREELY_CHANGED)
+    assert {key for key, value in flatten(as_json(changed)).items() if value != config[key]} == set(FREE)
+    run.check(as_json(changed))
+
+
+def test_crashes_are_starts_without_an_end(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.crashes == 0
+    write_json(run.starts_file, {"starts": 2})
+    assert run.crashes == 2
 
 
 def test_config_is_read_back_equal(tmp_path: Path) -> None:

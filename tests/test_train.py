@@ -19,6 +19,7 @@ from typing import Any
 import chex
 import jax
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,7 +31,7 @@ from alexnet_jax.data.datasets import Arrays
 from alexnet_jax.data.loader import train_batches
 from alexnet_jax.metrics import MetricWriter
 from alexnet_jax.run_dir import RunDir, complete_lines, read_json
-from support import REPOSITORY, TINY, random_statistics, run_config
+from support import FREELY_CHANGED, REPOSITORY, TINY, random_statistics, run_config
 
 # The first layers of a network are enough where only the loop matters, and compile faster.
 SHALLOW = TINY | {"model.order": ("conv1", "conv3", "fc8")}
@@ -232,6 +233,25 @@ def test_resume_after_a_signal_is_bit_identical(
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     train.train_and_evaluate(tiny, tmp_path)
     assert_same_run(tiny, whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("default_handlers")
+def test_run_resumes_with_other_values_of_the_free_fields(
+    tmp_path: Path, whole: Path, tiny: ConfigDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It learns the same, up to rounding."""
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricWriter, "progress", send_at(7, signal.SIGTERM))
+        with pytest.raises(stop.Stopped):
+            train.train_and_evaluate(tiny, tmp_path)
+    changed = run_config(**TINY | FREELY_CHANGED)
+    finished = train.train_and_evaluate(changed, tmp_path)
+    chex.assert_trees_all_close(
+        final_state(changed, tmp_path).params, final_state(tiny, whole).params, rtol=1e-4, atol=1e-6
+    )
+    assert finished["eval/loss"] == pytest.approx(result(whole)["eval/loss"], rel=1e-5)
+    assert "vmap on" in (tmp_path / "train.log").read_text()
 
 
 @pytest.mark.usefixtures("default_handlers")
@@ -555,9 +575,39 @@ def test_config_that_does_not_fit_the_dataset_is_refused(tmp_path: Path, changes
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["parameters", "evaluation"])
+def test_network_that_is_not_finite_is_neither_saved_nor_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Also if the loss of the last batch was finite, which was computed before the update."""
+    config = run_config(**SHALLOW)
+    if name == "parameters":
+        update = optax.apply_updates
+
+        def overflow(params: Any, updates: Any) -> Any:
+            return jax.tree.map(lambda leaf: leaf * np.inf, update(params, updates))
+
+        monkeypatch.setattr(optax, "apply_updates", overflow)
+        config = run_config(**SHALLOW | {"train.checkpoint_every": 1, "optim.momentum": 0.8})  # compiled here
+        message = "params/conv1/bias is not finite by step 1: training has diverged"
+    else:
+        means = evaluate.Outcomes.means
+        monkeypatch.setattr(evaluate.Outcomes, "means", lambda self: means(self) | {"loss": np.nan})
+        message = "eval/loss is nan by step 6: training has diverged"
+    with pytest.raises(FloatingPointError, match=message):
+        train.train_and_evaluate(config, tmp_path)
+    run = RunDir(tmp_path)
+    assert run.result is None
+    assert [path.name for path in run.checkpoints.iterdir()] == ([] if name == "parameters" else ["3"])
+    assert not any("eval/loss" in line for line in run.metrics())
+
+
+@pytest.mark.slow
 def test_diverging_run_stops_and_keeps_its_checkpoints(tmp_path: Path) -> None:
     changes = SHALLOW | {"optim.learning_rate": 1e20, "train.checkpoint_every": 1, "train.log_every": 4}
-    with pytest.raises(FloatingPointError, match=r"train/loss is nan by step 2.*lower --config.optim.learning_rate"):
+    with pytest.raises(
+        FloatingPointError, match=r"params/conv1/\w+ is not finite by step 2.*lower --config.optim.learning_rate"
+    ):
         train.train_and_evaluate(run_config(**changes), tmp_path)
     assert RunDir(tmp_path).result is None
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]

@@ -34,6 +34,7 @@ from alexnet_jax.studies.analysis import first_at_target
 from alexnet_jax.tools import summary
 
 POLL_SECONDS = 5.0  # between looks at runs of other processes
+CRASHES = 3  # after which a run is left to the end of the study
 TUNING_METRICS = ("validation/top1_error", "epochs_to_25")
 
 
@@ -244,6 +245,10 @@ def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
 def _run_all(runs: list[Run], request: stop.Request, *, wait: bool = False) -> list[Run]:
     """Run what is not finished, and return what failed; with `wait`, when runs of other processes have ended, too."""
     failed = []
+    for run in runs:
+        if run.folder.crashes >= CRASHES:
+            print(f"{run.name} has crashed {run.folder.crashes} times: it is left to the end", flush=True)
+    runs = sorted(runs, key=lambda run: run.folder.crashes >= CRASHES)
     while runs:
         busy = []
         for run in runs:
@@ -269,12 +274,16 @@ def _run_or_record_failure(run: Run) -> bool:
     """Train and evaluate a run; on failure write failure.json and return False."""
     run.folder.failure_file.unlink(missing_ok=True)
     try:
+        if run.folder.result is None:
+            write_json(run.folder.starts_file, {"starts": run.folder.crashes + 1})
         train.train_and_evaluate(run.config, run.folder.path, run.labels)
     except Exception as error:  # whatever it is, the other runs continue
         print(f"{run.name} failed: {error}", flush=True)
         with contextlib.suppress(OSError):  # a disk that is full, or a folder that has vanished, may be the error
             write_json(run.folder.failure_file, {"error": str(error), "traceback": traceback.format_exc()})
         return False
+    finally:
+        run.folder.starts_file.unlink(missing_ok=True)
     return True
 
 

@@ -269,6 +269,28 @@ def test_dataset_that_was_prepared_anew_is_refused(photos: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_run_that_crashed_three_times_is_left_to_the_end(
+    trained: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A crash, as of a process without memory, leaves the count of starts behind; an end, even a failure, does not."""
+    crashing = StudyDir(tmp_path).run("lrn", 0)
+    train_and_evaluate = train.train_and_evaluate
+    counts: list[int] = []
+
+    def count(*arguments: Any) -> Any:
+        counts.append(crashing.crashes)
+        return train_and_evaluate(*arguments)
+
+    monkeypatch.setattr(train, "train_and_evaluate", count)
+    write_json(crashing.starts_file, {"starts": 3})
+    assert runner.run_study(tiny_study(), tmp_path, only=["lrn", "no_lrn"]) == []
+    assert [arm for arm, _ in trained] == ["no_lrn", "lrn"]
+    assert counts == [3, 4]
+    assert crashing.crashes == 0
+    assert "lrn, seed 0 has crashed 3 times: it is left to the end" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_signal_at_the_end_of_a_run_stops_the_study(
     trained: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
