@@ -1,5 +1,5 @@
 # Arrays of `_kernel_gradient` have their axes in their names.
-# ruff: noqa: N803, N806
+# ruff: noqa: N806
 """Convolution, response normalisation and pooling, with kernels of our own for some platforms.
 
 A kernel computes the same value and gradient as the plain operation, which all other platforms run.
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+
+from alexnet_jax import parallel
 
 KERNELS = ("conv", "normalise", "max_pool", "avg_pool")
 
@@ -102,6 +104,13 @@ def conv(
     def plain(images: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=_NHWC)
 
+    def value(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        _, _, channels, features = kernel.shape
+        # Products with fewer features take several times as long as with these, on x86 CPUs (experiments/speed).
+        fast_features = 64 if parallel.instruction_set() in ("avx512", "amx") else 32
+        count = fast_features // features if channels <= 3 and strides[1] == 1 else 1
+        return _wide_conv(images, kernel, count, strides, padding) if count > 1 else plain(images, kernel)
+
     def plain_gradient(cotangent: jax.Array, images: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
         return jax.vjp(plain, images, kernel)[1](cotangent)
 
@@ -115,7 +124,7 @@ def conv(
         for_images = unrolled_vmap(images_gradient)(cotangent, images, kernel)
         return for_images, unrolled_vmap(kernel_gradient)(cotangent, images)
 
-    values = {"cpu": unrolled_vmap(plain), "gpu": unrolled_vmap(plain)}
+    values = {"cpu": unrolled_vmap(value), "gpu": unrolled_vmap(plain)}
     gradients = {"cpu": gradient, "gpu": unrolled_vmap(plain_gradient)}
     return _with_kernels("conv", plain, values=values, gradients=gradients)(images, kernel)
 
@@ -137,6 +146,23 @@ def unrolled_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
         return stacked, jax.tree.map(lambda _: True, stacked)
 
     return mappable
+
+
+def _wide_conv(
+    images: jax.Array, kernel: jax.Array, count: int, strides: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """Return a convolution of horizontal stride 1, computed for `count` neighbours at a time.
+
+    They are features of one kernel over the pixels of all of them, in which each has zeros at the others' pixels.
+    """
+    height, width, channels, features = kernel.shape
+    (before, after), shift = padding[1], count - 1
+    positions = before + images.shape[2] + after - width + 1
+    shifted = [jnp.pad(kernel, ((0, 0), (i, shift - i), (0, 0), (0, 0))) for i in range(count)]
+    wide = jnp.stack(shifted, axis=3).reshape(height, width + shift, channels, count * features)
+    borders = (padding[0], (before, after + -positions % count))
+    values = lax.conv_general_dilated(images, wide, (strides[0], count), borders, dimension_numbers=_NHWC)
+    return values.reshape(*values.shape[:2], count * values.shape[2], features)[:, :, :positions]
 
 
 def _kernel_gradient(
@@ -163,13 +189,15 @@ def _kernel_gradient(
     K, L = -(-kernel_height // stride_y), -(-kernel_width // stride_x)
     H, W, D = Y + K - 1, X + L - 1, stride_y * stride_x * channels
     dtype = jnp.promote_types(images.dtype, jnp.float32)
+    product = functools.partial(jnp.matmul, preferred_element_type=dtype)
+    patches_are_narrow = L * D < F  # the narrower factor is transposed
     borders = [
         (before, size - before - image_size, 0)
         for (before, _), size, image_size in zip(padding, (H * stride_y, W * stride_x), images.shape[1:3], strict=True)
     ]
     blocks = [array.reshape(-1, B, *array.shape[1:]) for array in (gradient, images)]
 
-    def add_block(total_KxFxLD: jax.Array, block: list[jax.Array]) -> tuple[jax.Array, None]:
+    def add_block(total: jax.Array, block: list[jax.Array]) -> tuple[jax.Array, None]:
         gradient_BxYxXxF, images = block
         padded = lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *borders, (0, 0, 0)])
         cells = padded.reshape(B, H, stride_y, W, stride_x, channels).transpose(1, 0, 3, 2, 4, 5)
@@ -178,13 +206,17 @@ def _kernel_gradient(
         # All rows of the kernel share the horizontal part of their patches: it is copied once.
         strips_HBxXxLD = jnp.concatenate([cells_HBxWxD[:, x : x + X] for x in range(L)], axis=-1)
         patches_PxLD = [strips_HBxXxLD[y * B : (y + Y) * B].reshape(-1, L * D) for y in range(K)]
-        gradient_FxP = jnp.swapaxes(gradient_BxYxXxF, 0, 1).reshape(-1, F).T
-        gradient_FxP = lax.optimization_barrier(gradient_FxP)  # transposed once, not in each product
-        products = [jnp.matmul(gradient_FxP, patches, preferred_element_type=dtype) for patches in patches_PxLD]
-        return total_KxFxLD + jnp.stack(products), None
+        gradient_PxF = jnp.swapaxes(gradient_BxYxXxF, 0, 1).reshape(-1, F)
+        if patches_are_narrow:
+            products = [product(patches.T, gradient_PxF) for patches in patches_PxLD]
+        else:
+            gradient_FxP = lax.optimization_barrier(gradient_PxF.T)  # transposed once, not in each product
+            products = [product(gradient_FxP, patches) for patches in patches_PxLD]
+        return total + jnp.stack(products), None
 
-    total_KxFxLD, _ = lax.scan(add_block, jnp.zeros((K, F, L * D), dtype), blocks)
-    kernel = jnp.swapaxes(total_KxFxLD, 1, 2).reshape(K, L, stride_y, stride_x, channels, F)
+    total, _ = lax.scan(add_block, jnp.zeros((K, *sorted((F, L * D))), dtype), blocks)
+    total_KxLDxF = total if patches_are_narrow else jnp.swapaxes(total, 1, 2)
+    kernel = total_KxLDxF.reshape(K, L, stride_y, stride_x, channels, F)
     kernel = jnp.swapaxes(kernel, 1, 2).reshape(K * stride_y, L * stride_x, channels, F)
     return kernel[:kernel_height, :kernel_width]
 

@@ -66,6 +66,15 @@ def ensure_host_devices(towers: int) -> None:
         _config.update("jax_num_cpu_devices", max(towers, 2))
 
 
+@functools.cache
+def instruction_set() -> str:
+    """Return the widest vector instructions of the CPU: "amx", "avx512", "avx2", or "unknown" (not an x86 Linux)."""
+    path = Path("/proc/cpuinfo")
+    flags = path.read_text().split() if path.exists() else []
+    names = {"amx_tile": "amx", "avx512f": "avx512", "avx2": "avx2"}
+    return next((name for flag, name in names.items() if flag in flags), "unknown")
+
+
 @dataclass(frozen=True)
 class Executor:
     """A way to run per-tower functions over the axes `TOWER` and `DATA`; equal executors run equal programs."""

@@ -1,6 +1,7 @@
 """The operations against their definitions, and the CPU kernels against the plain operations."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from alexnet_jax import layers
+from alexnet_jax import layers, parallel
 
 LRN = {"k": 2.0, "alpha": 0.5, "beta": 0.75}
 
@@ -154,6 +157,72 @@ def test_kernel_has_the_value_and_gradient_of_the_plain_operation(
         for one, other in zip(fast, plain, strict=True):
             assert one.dtype == other.dtype == dtype
             np.testing.assert_allclose(one, other, rtol=0, atol=relative * np.abs(other).max())
+
+
+borders = st.tuples(st.integers(0, 3), st.integers(0, 3))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 3), st.integers(4, 12), st.integers(4, 12)),
+    channels=st.integers(1, 4),
+    kernel_size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    features=st.integers(3, 33),
+    strides=st.tuples(st.integers(1, 3), st.sampled_from([1, 1, 1, 2])),
+    padding=st.tuples(borders, borders),
+    instruction_set=st.sampled_from(["avx512", "avx2"]),
+)
+def test_first_layers_equal_the_plain_convolution(
+    size: tuple[int, int, int],
+    channels: int,
+    kernel_size: tuple[int, int],
+    features: int,
+    strides: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
+    instruction_set: str,
+) -> None:
+    """Value and gradients, whether or not the width is a multiple of the neighbours that share a kernel."""
+    generator = np.random.default_rng(0)
+    images = jnp.array(generator.normal(size=(*size, channels)), jnp.float32)
+    kernel = jnp.array(generator.normal(size=(*kernel_size, channels, features)), jnp.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "instruction_set", lambda: instruction_set)
+        fast = value_and_gradients(convolution(*strides, padding=padding), images, kernel, cpu_kernels=True)
+    plain = value_and_gradients(
+        lambda images, kernel: jax.lax.conv_general_dilated(
+            images, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        images,
+        kernel,
+        cpu_kernels=False,
+    )
+    for one, other in zip(fast, plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(
+    ("instruction_set", "channels", "features", "stride", "width"),
+    [
+        ("amx", 3, 32, 1, 6),
+        ("avx512", 1, 16, 1, 8),
+        ("avx512", 3, 48, 1, 5),
+        ("avx512", 3, 16, 2, 5),
+        ("avx512", 4, 16, 1, 5),
+        ("avx2", 3, 32, 1, 5),
+        ("unknown", 3, 16, 1, 6),
+    ],
+)
+def test_few_features_of_a_first_layer_share_a_wider_kernel(
+    instruction_set: str, channels: int, features: int, stride: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read off the program for CPUs: what is fast there (experiments/speed) depends on the instruction set."""
+    monkeypatch.setattr(parallel, "instruction_set", lambda: instruction_set)
+    images, kernel = jnp.zeros((1, 9, 9, channels)), jnp.zeros((5, 5, channels, features))
+    conv = jax.jit(convolution(1, stride, padding=((2, 2), (2, 2))))
+    for platform, expected in (("cpu", width), ("cuda", 5)):
+        program = jax.export.export(conv, platforms=[platform])(images, kernel).mlir_module()
+        (found,) = re.findall(r"convolution.*, tensor<5x(\d+)x\d+x\d+xf32>\)", program)
+        assert int(found) == expected
 
 
 def kernels_in_use(names: tuple[str, ...] | None) -> set[str]:
