@@ -187,14 +187,14 @@ def test_first_layers_equal_the_plain_convolution(
     kernel = jnp.array(generator.normal(size=(*kernel_size, channels, features)), jnp.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "instruction_set", lambda: instruction_set)
-        fast = value_and_gradients(convolution(*strides, padding=padding), images, kernel, cpu_kernels=True)
+        fast = value_and_gradients(convolution(*strides, padding=padding), images, kernel, own=True)
     plain = value_and_gradients(
         lambda images, kernel: jax.lax.conv_general_dilated(
             images, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         ),
         images,
         kernel,
-        cpu_kernels=False,
+        own=False,
     )
     for one, other in zip(fast, plain, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
