@@ -1,6 +1,7 @@
 """Checkpoints, verified on reading; and whole trained networks, read from and written to a run's folder."""
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -100,6 +101,7 @@ class TrainedNetwork(NamedTuple):
     classes: int
     variables: dict[str, Any]  # "params" and "batch_stats", if there are any; each array has a leading tower axis
     statistics: Statistics | None = None  # None where no training images were measured
+    class_names: Sequence[str] | None = None  # None where they are not known
 
     @property
     def channels(self) -> int:
@@ -134,7 +136,8 @@ def load_run(workdir: Path | str) -> TrainedNetwork:
         raise ValueError(f"{run.path}: has no checkpoint yet; train the run first")
     state = jax.device_get(restored[0])
     variables = {name: state[name] for name in ("params", "batch_stats") if state.get(name)}
-    return TrainedNetwork(config, dataset["classes"], variables, statistics_lib.read(run.statistics_file))
+    statistics = statistics_lib.read(run.statistics_file)
+    return TrainedNetwork(config, dataset["classes"], variables, statistics, dataset.get("class_names"))
 
 
 def save_run(run: RunDir, network: TrainedNetwork, state: Any, progress: dict[str, Any]) -> None:
@@ -147,7 +150,8 @@ def save_run(run: RunDir, network: TrainedNetwork, state: Any, progress: dict[st
     if run.path.exists():
         raise ValueError(f"{run.path}: must be a new folder, and exists; name another one, or delete it")
     write_json(run.config_file, as_json(network.config))
-    write_json(run.dataset_file, {"classes": network.classes})
+    names = {} if network.class_names is None else {"class_names": list(network.class_names)}
+    write_json(run.dataset_file, {"classes": network.classes} | names)
     if network.statistics is not None:
         statistics_lib.write(run.statistics_file, network.statistics)
     with Checkpoints(run.checkpoints, keep=1) as checkpoints:

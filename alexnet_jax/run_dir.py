@@ -2,12 +2,13 @@
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class RunDir:
         self.name = "/".join(self.path.absolute().parts[-2:])  # such as "lrn/seed_0"
         self.config_file = self.path / "config.json"  # resuming with another config is refused
         self.dataset_file = self.path / "dataset.json"  # name, classes, sizes: for tools that run without the dataset
+        self.initial_file = self.path / "initial.json"  # the weights that it started from, with train.init_from
         self.statistics_file = self.path / "statistics.npz"  # what the network's input is normalised with
         self.environment_file = self.path / "env.json"  # versions, machine, devices, git commit
         self.metrics_file = self.path / "metrics.jsonl"  # one JSON object per logged step
@@ -139,10 +141,20 @@ class RunDir:
         existing = read_json(self.dataset_file) or {}
         for field in ("classes", "class_names", "fingerprint"):
             if existing.get(field, metadata[field]) != metadata[field]:
+                was, now = existing[field], metadata[field]
+                changed = first_difference(was, now) if field == "class_names" else f"was {was}, is {now}"
                 raise ValueError(
-                    f"{self.path} holds a run on other images ({field} was {existing[field]}, is {metadata[field]}): "
+                    f"{self.path} holds a run on other images ({field}: {changed}): "
                     f"prepare {metadata['name']} from the same images again, or choose another --workdir"
                 )
+
+
+def first_difference(old: Sequence[str], new: Sequence[str]) -> str:
+    """Return the first difference of two lists of class names as text, empty if they are equal."""
+    for number, (was, now) in enumerate(itertools.zip_longest(old, new)):
+        if was != now:
+            return f"class {number} was {was!r}, is {now!r}"
+    return ""
 
 
 class StudyDir:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array, lax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from alexnet_jax import figures, model, optim, stop
+from alexnet_jax import figures, model, optim, stop, weights
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import SECTIONS, as_json, validate
 from alexnet_jax.data import augment, datasets, statistics
@@ -265,16 +265,24 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
         return run.result
     setup = open_run(config)
     run.check_dataset(setup.dataset.metadata(config.data))
+    weights.check_initial(run, config, setup.dataset)
     setup = _keep_in_memory(setup)
     stats = setup.executor.replicate(_start(run, setup))
     executor, steps, epoch = setup.executor, setup.steps, setup.steps_per_epoch
     evaluate_all = make_evaluator(setup)
+    notes: Sequence[str] = ()
     with Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints, stop.requests() as request:
         state, progress = executor.place(init_state(setup)), Progress()
         if restored := checkpoints.restore(state):
             state, progress = restored[0], Progress.from_json(restored[1])
+        elif config.train.init_from:
+            initial = weights.initial(config, setup.dataset)
+            state, notes = executor.place(new_state(config, initial.variables)), initial.notes
+            write_json(run.initial_file, initial.origin)
         with MetricWriter(run, start=progress.step, stop=steps) as writer:
             _log_start(writer, setup, progress.step)
+            for note in notes:
+                writer.log(note)
             timer = Timer(progress)
             outcomes: dict[str, Outcomes] = {}
             train_steps, spans, batches = _dispatch(setup, progress.step)

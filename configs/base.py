@@ -72,7 +72,7 @@ def _layer(
             "then": then,
             "weight_decay": placeholder(float),  # of the weights; None: optim.weight_decay
             "decay_epochs": placeholder(tuple),  # of the weights' learning rate; None: optim.decay_epochs
-            "freeze_epoch": placeholder(float),  # the learning rates are 0 from this epoch on; None: never
+            "freeze_epoch": placeholder(float),  # learning rates are 0 from this epoch on; 0: frozen; None: never
         }
     )
 
@@ -293,6 +293,8 @@ def get_config(
     config.train.matmul_precision = "tensorfloat32"
     # Steps in one program, if images are on the devices: saves launches on GPUs. None: 1 on CPUs, else 25.
     config.train.steps_per_dispatch = placeholder(int)
+    config.train.init_from = ""  # run or file of weights to start from, also --init_from; empty: initial values
+    config.train.new_head = False  # with init_from: the last layer has initial values, also --new_head
     config.train.batch_size = 128
     config.train.epochs = 90.0
     config.train.label_smoothing = 0.0  # probability spread over all classes (Szegedy et al., 2015); 0: off

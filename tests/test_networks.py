@@ -10,13 +10,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from alexnet_jax import config as config_lib
-from alexnet_jax import model
+from alexnet_jax import model, weights
 from alexnet_jax.__main__ import run_verb
 from alexnet_jax.checkpoint import TrainedNetwork
 from alexnet_jax.evaluate import per_example_metrics
 from alexnet_jax.optim import BIAS, KERNEL
 from alexnet_jax.parallel import TOWER, make_executor
-from alexnet_jax.tools import convert, summary
+from alexnet_jax.tools import summary
 from support import NETWORKS, REPOSITORY, assert_close, command, network_config, reduced
 
 MILLION = 10**6
@@ -154,7 +154,7 @@ def assert_equal_to_pytorch(config: ConfigDict, executor: str, torch: ModuleType
     gradients, logits = mapped(towers.place(params), towers.place(stats))
 
     def grouped(tree: Any) -> Any:
-        return convert.grouped(TrainedNetwork(config, classes, {"params": tree}, None))
+        return weights.grouped(TrainedNetwork(config, classes, {"params": tree}, None))
 
     theirs: Any = torch_alexnet.tensors(grouped(params), torch.float64)
     side_by_side = jax.tree.map(lambda leaf: np.concatenate(list(leaf), axis=-1), stats)

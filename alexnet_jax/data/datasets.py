@@ -102,6 +102,14 @@ def load(data_config: ConfigDict) -> Dataset:
     return Dataset(train, validation, evaluation, class_names, train.channels, Path(builder.data_dir), fingerprint)
 
 
+@functools.cache
+def known_class_names(name: str) -> list[str] | None:
+    """Return the names of a dataset's classes that are known without the dataset: of ImageNet, the WordNet IDs."""
+    return (
+        tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split() if name == "imagenet2012" else None
+    )
+
+
 def root(data_dir: str) -> Path:
     """Return the folder of all datasets: `data.data_dir`, or TFDS's default if empty."""
     return Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()

@@ -12,6 +12,7 @@ import functools
 import math
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from alexnet_jax import parallel, stop, train
+from alexnet_jax import parallel, stop, train, weights
 from alexnet_jax.config import as_json, flatten, run_config
 from alexnet_jax.data import datasets
 from alexnet_jax.metrics import write_layout
@@ -62,6 +63,11 @@ def plan(study: ConfigDict, workdir: Path, only: Sequence[str] = (), chosen: dic
       only: arms; empty means all.
       chosen: by arm, the chosen value of the tuned field.
     """
+    if RunDir(workdir).config_file.exists():
+        raise ValueError(
+            f"--workdir={workdir}: must be a study's folder, and is a run; give another one, and "
+            f"--init_from={workdir} to start from its weights"
+        )
     if not study.arms or not study.seeds or len(set(study.seeds)) < len(study.seeds):
         raise ValueError(f"arms={list(study.arms)}, seeds={study.seeds}: must be at least one each, without repeats")
     return [
@@ -147,6 +153,7 @@ def run_study(study: ConfigDict, workdir: Path | str, only: Sequence[str] = ()) 
 
 
 def _run_study(study: ConfigDict, workdir: Path, only: Sequence[str], request: stop.Request) -> list[Run]:
+    _check_writable(workdir)
     runs, tuning_runs = plan(study, workdir, only), trials(study, workdir, only)
     for run in tuning_runs:
         train.open_run(run.config)
@@ -168,6 +175,17 @@ def _run_study(study: ConfigDict, workdir: Path, only: Sequence[str], request: s
     return failed
 
 
+def _check_writable(workdir: Path) -> None:
+    """Check that a study can be written to a folder; raise ValueError if it is a file, or nothing can be written."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=workdir).close()
+    except OSError as error:
+        raise ValueError(
+            f"--workdir={workdir}: must be a folder that can be written ({error.strerror}); give another one"
+        ) from error
+
+
 def print_plan(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> None:
     """Print every run with its status and size; write nothing."""
     runs = trials(study, workdir, only) + plan(study, workdir, only)
@@ -176,6 +194,7 @@ def print_plan(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> No
         table.add_column(column, justify="left" if column in ("run", "status") else "right")
     for run in runs:
         setup = train.open_run(run.config)
+        weights.check_initial(run.folder, run.config, setup.dataset)
         size = summary.sizes(run.config, setup.dataset.classes, setup.dataset.channels)
         numbers = (f"{size['parameters']:,}", f"{size['multiply_adds']:,}", f"{setup.steps:,}")
         table.add_row(run.name, run.folder.status, *numbers)
@@ -214,16 +233,18 @@ def _changes(study: ConfigDict, arm: str, chosen: dict[str, Any] | None = None) 
 
 
 def _check_folders(runs: list[Run]) -> None:
-    """Check that no run's folder holds a run of another config or on other images."""
+    """Check that no run's folder holds a run of another config, on other images or from other weights."""
 
     @functools.cache
-    def metadata(data_config: FrozenConfigDict) -> dict[str, Any]:
-        return datasets.load(data_config).metadata(data_config)
+    def load(data_config: FrozenConfigDict) -> datasets.Dataset:
+        return datasets.load(data_config)
 
     for run in runs:
         run.folder.check(as_json(run.config))
+        dataset = load(FrozenConfigDict(run.config.data))
         if run.folder.dataset_file.exists():
-            run.folder.check_dataset(metadata(FrozenConfigDict(run.config.data)))
+            run.folder.check_dataset(dataset.metadata(run.config.data))
+        weights.check_initial(run.folder, run.config, dataset)
 
 
 def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
@@ -237,6 +258,8 @@ def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
         "sizes": sizes,
         "seeds": list(study.seeds),
         "claims": list(study.claims),
+        "init_from": study.train.init_from,
+        "new_head": study.train.new_head,
         "tuning": {"key": study.tuning.key, "metric": study.tuning.metric, "arms": tuned},
     }
     write_json(StudyDir(workdir).study_file, description)
@@ -291,6 +314,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the verb run."""
     parser.add_argument("--config", required=True, help="the study's file, and its scale after a colon")
     parser.add_argument("--workdir", type=Path, help="the study's folder; default: runs/ and the name of the file")
+    parser.add_argument(
+        "--init_from", metavar="RUN|FILE", help="start every run from these weights, not initial values"
+    )
+    parser.add_argument("--new_head", action="store_true", help="with --init_from: start the last layer anew")
     parser.add_argument("--dry_run", action="store_true", help="print the runs and their sizes, train nothing")
     parser.add_argument("--only", default="", help="arms to run, separated by commas; default: all")
     parser.add_argument("--seeds", help="seeds to run, as 0:5 or 0,2,4; default: the study's")
@@ -302,6 +329,10 @@ def main(arguments: argparse.Namespace) -> None:
     workdir = arguments.workdir or Path("runs", arguments.config_name)
     if arguments.seeds is not None:
         study.seeds = parse_seeds(arguments.seeds)
+    if arguments.init_from is not None:
+        study.train.init_from = str(Path(arguments.init_from).expanduser().resolve())
+    if arguments.new_head:
+        study.train.new_head = True
     only = arguments.only.split(",") if arguments.only else []
     parallel.initialize(study.model.towers)
     if arguments.dry_run:

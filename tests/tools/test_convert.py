@@ -17,7 +17,7 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 
 from alexnet_jax import config as config_lib
-from alexnet_jax import model, train
+from alexnet_jax import model, train, weights
 from alexnet_jax.checkpoint import TrainedNetwork, load_run
 from alexnet_jax.data import augment
 from alexnet_jax.parallel import TOWER
@@ -33,7 +33,7 @@ def random_network(name: str, **changes: Any) -> TrainedNetwork:
     config = reduced(name, **changes)
     variables = model.init(config.model, CLASSES, (config.data.crop, config.data.crop, 3), 0)
     network = TrainedNetwork(config, CLASSES, variables)
-    return convert.from_grouped(config, convert.grouped(network))
+    return weights.from_grouped(config, weights.grouped(network))
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +58,19 @@ def assert_equal(actual: TrainedNetwork, expected: TrainedNetwork) -> None:
 
 
 def test_grouped_and_back(caffe: TrainedNetwork) -> None:
-    params = convert.grouped(caffe)
+    params = weights.grouped(caffe)
     assert params["conv2"]["kernel"].shape == (5, 5, 4, 16)  # as flax.linen.Conv(16, (5, 5), feature_group_count=2)
     assert params["fc8"]["kernel"].shape == (16, CLASSES)
     assert caffe.variables["params"]["fc8"]["kernel"].shape == (2, 16, 4)
-    assert_equal(convert.from_grouped(caffe.config, params), caffe)
+    assert_equal(weights.from_grouped(caffe.config, params), caffe)
 
 
 @pytest.mark.parametrize("name", ["net.npy", "net.safetensors"])
 def test_round_trip_is_bit_identical_and_keeps_mean_and_scale(caffe: TrainedNetwork, tmp_path: Path, name: str) -> None:
-    convert.write_file(tmp_path / name, caffe)
+    weights.write_file(tmp_path / name, caffe)
     config = reduced("caffe_alexnet")
     assert config.data.mean != caffe.config.data.mean
-    assert_equal(convert.read_file(tmp_path / name, config), caffe)
+    assert_equal(weights.read_file(tmp_path / name, config), caffe)
     assert {path.name for path in tmp_path.iterdir()} == {name, *(["net.npy.json"] if name == "net.npy" else [])}
 
 
@@ -79,8 +79,8 @@ def test_round_trip_keeps_the_mean_image(tmp_path: Path, name: str) -> None:
     network = random_network("caffe_alexnet", **{"data.subtract": "central_mean_image"})
     statistics = random_statistics(network.config)
     network = network._replace(statistics=statistics)
-    convert.write_file(tmp_path / name, network)
-    read = convert.read_file(tmp_path / name, reduced("caffe_alexnet"))
+    weights.write_file(tmp_path / name, network)
+    read = weights.read_file(tmp_path / name, reduced("caffe_alexnet"))
     assert_equal(read, network)
     assert read.config.data.subtract == "central_mean_image"
     assert read.statistics is not None
@@ -105,7 +105,7 @@ def test_forward_subtracts_the_centre_of_the_mean_image() -> None:
 
 def test_unknown_mean_raises(tmp_path: Path) -> None:
     network = random_network("caffe_alexnet", **{"data.subtract": "mean_image"})
-    for write in (lambda: convert.write_file(tmp_path / "net.npy", network), lambda: convert.export(network)):
+    for write in (lambda: weights.write_file(tmp_path / "net.npy", network), lambda: convert.export(network)):
         with pytest.raises(ValueError, match=r"data.subtract=mean_image: .* give --config.data.subtract=mean"):
             write()
     assert not list(tmp_path.iterdir())
@@ -114,7 +114,7 @@ def test_unknown_mean_raises(tmp_path: Path) -> None:
 def write_published(path: Path, network: TrainedNetwork, form: type, protocol: int) -> None:
     """Write a file as others publish it: a dictionary of lists or of dictionaries, BGR, perhaps by Python 2."""
     layers = {}
-    for layer, arrays in convert.grouped(network).items():
+    for layer, arrays in weights.grouped(network).items():
         kernel = arrays["kernel"][:, :, ::-1] if layer == "conv1" else arrays["kernel"]
         pair = [np.ascontiguousarray(kernel), np.ascontiguousarray(arrays["bias"])]
         layers[layer] = pair if form is list else dict(zip(("weights", "biases"), pair, strict=True))
@@ -131,16 +131,16 @@ def test_both_forms_of_published_weights_are_read(
     caffe: TrainedNetwork, tmp_path: Path, form: type, protocol: int
 ) -> None:
     write_published(tmp_path / "net.npy", caffe, form, protocol)
-    read = convert.read_file(tmp_path / "net.npy", reduced("caffe_alexnet"))
+    read = weights.read_file(tmp_path / "net.npy", reduced("caffe_alexnet"))
     jax.tree.map(np.testing.assert_array_equal, read.variables, caffe.variables)
     assert read.config.data.mean == (122.7, 116.7, 104.0)  # there is no net.npy.json: the config's
 
 
 def test_npy_is_readable_with_numpy(caffe: TrainedNetwork, tmp_path: Path) -> None:
-    convert.write_file(tmp_path / "net.npy", caffe)
+    weights.write_file(tmp_path / "net.npy", caffe)
     layers = np.load(tmp_path / "net.npy", allow_pickle=True, encoding="latin1").item()
     assert list(layers) == list(caffe.config.model.order)
-    np.testing.assert_array_equal(layers["conv1"][0][:, :, ::-1], convert.grouped(caffe)["conv1"]["kernel"])
+    np.testing.assert_array_equal(layers["conv1"][0][:, :, ::-1], weights.grouped(caffe)["conv1"]["kernel"])
     metadata = read_json(tmp_path / "net.npy.json")
     assert metadata is not None
     assert (metadata["channels"], metadata["mean"], metadata["std"]) == ("BGR", [100, 110, 120], [4, 3, 2])
@@ -160,14 +160,14 @@ def test_npy_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> Non
     layers = np.array({"conv1": [MakesFolder(tmp_path / "ran"), 0]}, dtype=object)
     np.save(tmp_path / "evil.npy", layers, allow_pickle=True)
     with pytest.raises(ValueError, match=r"evil.npy: cannot be read: it holds posix.mkdir, and only arrays"):
-        convert.read_file(tmp_path / "evil.npy", reduced("caffe_alexnet"))
+        weights.read_file(tmp_path / "evil.npy", reduced("caffe_alexnet"))
     assert not (tmp_path / "ran").exists()
 
 
 def test_pth_that_would_run_code_is_refused_and_runs_none(torch: ModuleType, tmp_path: Path) -> None:
     torch.save({"features.0.weight": MakesFolder(tmp_path / "ran")}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match=r"evil.pth: cannot be read: Weights only load failed"):
-        convert.read_file(tmp_path / "evil.pth", reduced("torchvision"))
+        weights.read_file(tmp_path / "evil.pth", reduced("torchvision"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -180,7 +180,7 @@ sys.modules["torch"] = None
 from pathlib import Path
 from support import reduced
 from alexnet_jax.tools import convert
-convert.read_file(Path({str(tmp_path / "net.pth")!r}), reduced("torchvision"))
+weights.read_file(Path({str(tmp_path / "net.pth")!r}), reduced("torchvision"))
 """
     done = run_script(script, HOME=str(tmp_path))
     assert "net.pth: cannot be read: PyTorch reads .pth files; pip install torch" in done.stderr
@@ -203,16 +203,16 @@ def test_npy_with_other_content_raises(tmp_path: Path, content: bytes | np.ndarr
     else:
         np.save(path, content, allow_pickle=True)
     with pytest.raises(ValueError, match=message):
-        convert.read_file(path, reduced("caffe_alexnet"))
+        weights.read_file(path, reduced("caffe_alexnet"))
 
 
 @pytest.mark.parametrize("name", ["net.npy", "net.safetensors"])
 def test_truncated_file_raises(caffe: TrainedNetwork, tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    convert.write_file(path, caffe)
+    weights.write_file(path, caffe)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=f"{name}: cannot be read"):
-        convert.read_file(path, reduced("caffe_alexnet"))
+        weights.read_file(path, reduced("caffe_alexnet"))
 
 
 @pytest.mark.parametrize(
@@ -234,21 +234,21 @@ def test_truncated_file_raises(caffe: TrainedNetwork, tmp_path: Path, name: str)
 def test_file_of_another_architecture_raises_and_names_the_first_array(
     caffe: TrainedNetwork, tmp_path: Path, name: str, changes: dict[str, Any], message: str
 ) -> None:
-    convert.write_file(tmp_path / name, caffe)
+    weights.write_file(tmp_path / name, caffe)
     with pytest.raises(ValueError, match=message):
-        convert.read_file(tmp_path / name, reduced("caffe_alexnet", **changes))
+        weights.read_file(tmp_path / name, reduced("caffe_alexnet", **changes))
 
 
 def test_missing_layer_raises(caffe: TrainedNetwork, tmp_path: Path) -> None:
     layers = np.array({"conv1": [np.zeros(1), np.zeros(1)]}, dtype=object)
     np.save(tmp_path / "net.npy", layers, allow_pickle=True)
     with pytest.raises(ValueError, match=r"has no conv2.weights, which the network needs; it has conv1.weights, conv1"):
-        convert.read_file(tmp_path / "net.npy", caffe.config)
+        weights.read_file(tmp_path / "net.npy", caffe.config)
 
 
 def test_network_without_torchvisions_layers_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be five conv and three dense layers, as torchvision's"):
-        convert.write_file(tmp_path / "net.safetensors", random_network("cifar_19pct"))
+        weights.write_file(tmp_path / "net.safetensors", random_network("cifar_19pct"))
     assert not list(tmp_path.iterdir())
 
 
@@ -268,11 +268,11 @@ def batch_norm() -> TrainedNetwork:
 def test_batch_normalisation_does_not_fit_other_layouts(batch_norm: TrainedNetwork, tmp_path: Path, name: str) -> None:
     message = r"conv2_batch_norm=\['bias', 'scale'\]: must be a kernel and a bias .*; export the network as .stablehlo"
     with pytest.raises(ValueError, match=message):
-        convert.write_file(tmp_path / name, batch_norm)
+        weights.write_file(tmp_path / name, batch_norm)
     assert not list(tmp_path.iterdir())
-    convert.write_file(tmp_path / name, random_network("caffe_alexnet"))
+    weights.write_file(tmp_path / name, random_network("caffe_alexnet"))
     with pytest.raises(ValueError, match=message):
-        convert.read_file(tmp_path / name, batch_norm.config)
+        weights.read_file(tmp_path / name, batch_norm.config)
 
 
 @pytest.mark.slow
@@ -345,7 +345,7 @@ def test_torchvisions_network_gives_its_logits_and_goes_back(torch: ModuleType, 
     for parameter in network.parameters():
         parameter.data *= 3  # logits then depend on the image
     torch.save(network.state_dict(), tmp_path / "net.pth", _use_new_zipfile_serialization=not legacy)
-    read = convert.read_file(tmp_path / "net.pth", config)
+    read = weights.read_file(tmp_path / "net.pth", config)
 
     images = random_images(config)
     mean, std = (torch.tensor(values)[:, None, None] for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
@@ -353,7 +353,7 @@ def test_torchvisions_network_gives_its_logits_and_goes_back(torch: ModuleType, 
     assert np.ptp(expected, axis=0).max() > 0.01
     assert_close(compute_logits(read, images), expected, 1e-5)
 
-    convert.write_file(tmp_path / "back.safetensors", read)
+    weights.write_file(tmp_path / "back.safetensors", read)
     back = safetensors.numpy.load_file(tmp_path / "back.safetensors")
     assert set(back) == set(network.state_dict())
     for name, tensor in network.state_dict().items():
@@ -364,7 +364,7 @@ def test_caffes_weights_give_caffes_logits(torch: ModuleType, caffe: TrainedNetw
     """With blue, green and red pixels, the file's own kernels, and normalisation across the groups."""
     import torch_alexnet  # imports PyTorch
 
-    convert.write_file(tmp_path / "net.npy", caffe)
+    weights.write_file(tmp_path / "net.npy", caffe)
     layers = np.load(tmp_path / "net.npy", allow_pickle=True).item()
     params = {layer: {"kernel": kernel, "bias": bias} for layer, (kernel, bias) in layers.items()}
     images = random_images(caffe.config)
