@@ -40,6 +40,8 @@ def run_verb(name: str, argv: list[str]) -> None:
     0: done; 1: bad input, one line on standard error, or failed runs; 2: a wrong command line; 128 + N: stopped by
     signal N (130 for Ctrl-C, 143 for SIGTERM), and the command resumes when it is run again.
     """
+    with contextlib.suppress(AttributeError):  # a stream of another kind
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for any encoding
     try:
         with contextlib.redirect_stdout(_Output(sys.stdout)):
             _run_verb(name, argv)

@@ -141,12 +141,15 @@ def _outcomes(logits: jax.Array, labels: jax.Array) -> tuple[dict[str, jax.Array
     return per_example_metrics(mean, labels), labels, mean.argmax(axis=-1)
 
 
-def evaluate_runs(run_dirs: Sequence[Path], *, views: int | None = None, data_dir: str | None = None) -> dict[str, Any]:
+def evaluate_runs(
+    run_dirs: Sequence[Path], *, views: int | None = None, data_dir: str | None = None, split: str | None = None
+) -> dict[str, Any]:
     """Evaluate trained networks on the held-out images, each alone and, for several, their ensemble.
 
     Args:
       views: 1 or 10 per image; None: as the first run's config.
       data_dir: folder of datasets; None: as the first run's config.
+      split: of the dataset; None: `data.eval_split` of the runs' configs.
 
     Returns:
       "data", "split", number of "images", "views" and "errors": {run or "average": `Outcomes.means`}.
@@ -160,13 +163,14 @@ def evaluate_runs(run_dirs: Sequence[Path], *, views: int | None = None, data_di
     common.eval.views = views or common.eval.views
     common.data.data_dir = common.data.data_dir if data_dir is None else data_dir
     for name in others:
-        for field in ("name", "eval_split", "image_size"):
+        for field in ("name", "image_size", *(["eval_split"] if split is None else [])):
             value, expected = networks[name].config.data[field], common.data[field]
             if value != expected:
                 raise ValueError(
                     f"{name}: data.{field}={value!r}: must be {expected!r}, as in {first}; an ensemble averages over "
                     "the same images"
                 )
+    common.data.eval_split = common.data.eval_split if split is None else split
     dataset = datasets.load(common.data)
     for name in networks:
         RunDir(name).check_dataset(dataset.metadata(common.data))
@@ -195,6 +199,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, action="append", required=True, help="folder of a run; repeatable")
     parser.add_argument("--views", type=int, choices=(1, 10), help="views per image; default: as the run's config")
     parser.add_argument("--data_dir", help="folder of datasets; default: as the run's config")
+    parser.add_argument("--split", help="split to evaluate on; default: data.eval_split of the runs' configs")
     parser.add_argument("--output", type=Path, help="JSON file to write the same numbers to")
 
 
@@ -202,7 +207,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Print a row for each run and one for their ensemble."""
     configs = [RunDir(run).read_config() for run in arguments.run]
     initialize(max((config.model.towers for config in configs if config), default=1))
-    results = evaluate_runs(arguments.run, views=arguments.views, data_dir=arguments.data_dir)
+    results = evaluate_runs(arguments.run, views=arguments.views, data_dir=arguments.data_dir, split=arguments.split)
     if arguments.output:
         write_json(arguments.output, results)
     title = f"{results['data']}, {results['split']}: {results['images']:,} images, {results['views']} view(s) of each"

@@ -11,6 +11,8 @@ and the other shards of the batch through collectives over `DATA`. Three executo
 import contextlib
 import functools
 import os
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +42,42 @@ OutAxes = str | None | Axes
 def initialize(towers: int) -> None:
     """Prepare JAX for a command: CPU devices for the towers, and the persistent compilation cache.
 
-    The cache is in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another. On GPUs it keeps XLA's
-    choice of algorithms, too, on which the last bits of a result depend.
+    The cache is in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another; where it cannot be written,
+    there is none. On GPUs it keeps XLA's choice of algorithms, too, on which the last bits of a result depend.
+
+    Raises:
+      ValueError: JAX_PLATFORMS names a platform that is not here.
     """
     ensure_host_devices(towers)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         _config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs, too: a run has a dozen
-    if _config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        _config.update("jax_compilation_cache_dir", str(cache / "alexnet_jax"))
+    _config.update("jax_compilation_cache_dir", _cache_folder())
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where the plugin of a known platform is missing
+        platforms = os.environ.get("JAX_PLATFORMS")
+        if not platforms:
+            raise
+        raise ValueError(
+            f"JAX_PLATFORMS={platforms}: must name platforms that JAX has here; unset it or set JAX_PLATFORMS=cpu, or "
+            "install JAX for the platform, as with pip install 'jax[cuda13]'"
+        ) from error
+
+
+def _cache_folder() -> str | None:
+    """Return the folder of the compilation cache, or None, with a line on standard error, if it cannot be written."""
+    folder = _config.jax_compilation_cache_dir
+    if "://" in (folder or ""):
+        return folder
+    try:
+        path = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet_jax")
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except (RuntimeError, OSError) as error:  # RuntimeError: no home
+        remedy = "set JAX_COMPILATION_CACHE_DIR to keep them"
+        print(f"compiled programs are not kept ({error}): {remedy}", file=sys.stderr)
+        return None
+    return str(path)
 
 
 def ensure_host_devices(towers: int) -> None:

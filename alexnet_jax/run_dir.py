@@ -17,6 +17,19 @@ from ml_collections import ConfigDict
 from alexnet_jax import __version__
 from alexnet_jax.config import FREE, flatten, from_json
 
+# Fields that may change when a finished run is extended: its length, and its learning rates.
+EXTENDABLE = (
+    "train.epochs",
+    "optim.learning_rate",
+    "optim.schedule",
+    "optim.warmup_epochs",
+    "optim.decay_epochs",
+    "optim.decay_factor",
+    "optim.biases.decay_epochs",
+    "optim.biases.decay_factor",
+)
+# Beginnings of the names of environment variables that may change numbers.
+VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "NVIDIA_TF32_OVERRIDE", "CUBLAS_", "CUDNN_", "TF_CUDNN_", "TF_XLA_")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
@@ -45,7 +58,7 @@ os.umask(_UMASK)
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -80,6 +93,7 @@ class RunDir:
         self.log_file = self.path / "train.log"
         self.filters_file = self.path / "filters.npy"  # of the first layer, after training
         self.by_class_file = self.path / "by_class.json"  # the final error of each class
+        self.extended_file = self.path / "extended.json"  # what changed each time that a finished run was extended
         self.result_file = self.path / "result.json"  # the final metrics; exists only if the run is finished
         self.failure_file = self.path / "failure.json"  # the error that ended a failed run
         self.starts_file = self.path / "starts.json"  # how often the run was started without an end: by crashes
@@ -111,21 +125,59 @@ class RunDir:
         """Return the logged metrics in order of their steps."""
         return [json.loads(line) for line in complete_lines(self.metrics_file)]
 
-    def check(self, config: dict[str, Any]) -> None:
+    def check(self, config: dict[str, Any], *, extend: bool = False) -> None:
         """Check that the folder is free for a config, as from `config.as_json`, or belongs to one that learns the same.
+
+        Args:
+          extend: whether the config may also be one that `extend` takes.
 
         Raises:
           ValueError: the folder holds a run of another config, or of a version with other fields.
         """
         self.read_config()
-        existing = read_json(self.config_file)
-        old, new = flatten(existing or config), flatten(config)
-        if changed := [key for key in sorted(old | new) if key not in FREE and old.get(key) != new.get(key)]:
-            changes = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
-            raise ValueError(
-                f"{self.path} holds a run of another config ({'; '.join(changes)}): "
-                "choose another --workdir, or delete that folder to start again"
-            )
+        changed = self._changes(config)
+        extends = self._extends(changed)
+        if changed and not (extend and extends):
+            changes = [f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items()]
+            remedy = "choose another --workdir, or delete that folder to start again"
+            if extends:
+                remedy += "; give --extend to train it further"
+            elif extend:
+                remedy += f"; --extend takes finished runs and more epochs, and may change only {', '.join(EXTENDABLE)}"
+            raise ValueError(f"{self.path} holds a run of another config ({'; '.join(changes)}): {remedy}")
+
+    def extend(self, config: dict[str, Any]) -> None:
+        """Make a finished run of fewer epochs an interrupted run of a config, and record what changed.
+
+        A crash on the way changes nothing that the next call does not mend. Do nothing if the config is the run's.
+        """
+        changed = self._changes(config)
+        if not changed:
+            return
+        self.check(config, extend=True)
+        extensions = self.extensions
+        if not extensions or extensions[-1]["changes"] != changed:
+            extensions.append({"changes": changed, "result": self.result})
+            write_json(self.extended_file, {"extensions": extensions})
+        self.result_file.unlink(missing_ok=True)
+        write_json(self.config_file, config)
+
+    @property
+    def extensions(self) -> list[dict[str, Any]]:
+        """What changed each time that the run was extended, old and new value by dotted key, and its result before."""
+        return (read_json(self.extended_file) or {"extensions": []})["extensions"]
+
+    def _changes(self, config: dict[str, Any]) -> dict[str, list[Any]]:
+        """Return the old and the new value of each field in which the run learns otherwise than with a config."""
+        old, new = flatten(read_json(self.config_file) or config), flatten(config)
+        changed = [key for key in sorted(old | new) if key not in FREE and old.get(key) != new.get(key)]
+        return {key: [old.get(key), new.get(key)] for key in changed}
+
+    def _extends(self, changed: dict[str, list[Any]]) -> bool:
+        """Return whether changes make a finished run longer; an extension that was interrupted may begin again."""
+        epochs, longer = changed.get("train.epochs", [0, 0])
+        finished = self.result is not None or (self.extensions and self.extensions[-1]["changes"] == changed)
+        return bool(finished) and longer > epochs and set(changed) <= set(EXTENDABLE)
 
     @property
     def crashes(self) -> int:
@@ -143,10 +195,10 @@ class RunDir:
             if existing.get(field, metadata[field]) != metadata[field]:
                 was, now = existing[field], metadata[field]
                 changed = first_difference(was, now) if field == "class_names" else f"was {was}, is {now}"
-                raise ValueError(
-                    f"{self.path} holds a run on other images ({field}: {changed}): "
-                    f"prepare {metadata['name']} from the same images again, or choose another --workdir"
-                )
+                remedy = f"prepare {metadata['name']} from the same images again, or choose another --workdir"
+                if "fingerprint" not in existing:  # of weights from elsewhere
+                    remedy = "take images of its classes, or start from it with --init_from and --new_head"
+                raise ValueError(f"{self.path} holds a run on other images ({field}: {changed}): {remedy}")
 
 
 def first_difference(old: Sequence[str], new: Sequence[str]) -> str:
@@ -201,7 +253,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "system": platform.system(),
         "cores": os.cpu_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
     }

@@ -280,7 +280,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
             state, notes = executor.place(new_state(config, initial.variables)), initial.notes
             write_json(run.initial_file, initial.origin)
         with MetricWriter(run, start=progress.step, stop=steps) as writer:
-            _log_start(writer, setup, progress.step)
+            _log_start(run, writer, setup, progress.step)
             for note in notes:
                 writer.log(note)
             timer = Timer(progress)
@@ -403,7 +403,7 @@ def _start(run: RunDir, setup: Setup) -> Statistics:
     return stats
 
 
-def _log_start(writer: MetricWriter, setup: Setup, step: int) -> None:
+def _log_start(run: RunDir, writer: MetricWriter, setup: Setup, step: int) -> None:
     """Log where a run starts and which images it trains and evaluates on."""
     config, dataset, executor = setup.config, setup.dataset, setup.executor
     devices = ", ".join(map(str, executor.devices))
@@ -415,6 +415,9 @@ def _log_start(writer: MetricWriter, setup: Setup, step: int) -> None:
     )
     arrays, _ = locate(dataset.train)
     where = {Resident: "on the devices", Arrays: "in memory"}.get(type(arrays), "streamed")
+    for extension in run.extensions:
+        changes = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in extension["changes"].items())
+        writer.log(f"was finished after {extension['result']['steps']} steps and extended: {changes}")
     writer.log(f"images: {where}; steps in one program: {setup.steps_per_dispatch}")
 
 

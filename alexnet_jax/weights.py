@@ -425,7 +425,8 @@ def _fitting(config: ConfigDict, dataset: Dataset) -> tuple[TrainedNetwork, dict
     for kind, layers in model.shapes(config.model, dataset.classes, image_shape).items():
         joined = grouped(network) if kind == "params" else _join(network.variables.get(kind, {}))
         loaded = _split(joined, config.model.towers)
-        for layer in layers.keys() - set(new_layers):
+        kept = [layer for layer in layers if layer not in new_layers]
+        for layer in kept:
             shapes, needed = (
                 {k: leaf.shape for k, leaf in tree.items()} for tree in (loaded.get(layer, {}), layers[layer])
             )
@@ -434,7 +435,7 @@ def _fitting(config: ConfigDict, dataset: Dataset) -> tuple[TrainedNetwork, dict
                     f"train.init_from={source}: must fit the network, and {layer} has {shapes or 'nothing'} for "
                     f"{needed}; give the config of its architecture"
                 )
-        variables[kind] = {layer: loaded[layer] for layer in layers if layer not in new_layers}
+        variables[kind] = {layer: loaded[layer] for layer in kept}
     origin = {"init_from": str(source), "fingerprint": fingerprint, "new_layers": new_layers}
     return network._replace(variables=variables), origin
 

@@ -138,7 +138,12 @@ def command(*arguments: str, environment: dict[str, str] | None = None) -> subpr
 def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own, from the folder of the tests."""
     return subprocess.run(
-        [sys.executable, "-c", script], cwd=TESTS, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        cwd=TESTS,
+        env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

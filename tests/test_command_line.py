@@ -14,9 +14,9 @@ from alexnet_jax.configs import base
 from alexnet_jax.run_dir import StudyDir, write_json
 
 FLAGS = {
-    "run": ("--config", "--workdir", "--dry_run", "--only", "--seeds"),
+    "run": ("--config", "--workdir", "--init_from", "--new_head", "--extend", "--dry_run", "--only", "--seeds"),
     "prepare": ("FOLDER", "--data_dir", "--manual_dir", "--size", "--skip_bad"),
-    "evaluate": ("--run", "--views", "--data_dir", "--output"),
+    "evaluate": ("--run", "--views", "--data_dir", "--split", "--output"),
     "predict": ("IMAGE", "--run", "--views", "--neighbours", "--data_dir", "--output"),
     "summary": ("--config", "--classes", "--channels"),
     "convert": ("SOURCE", "TARGET", "--config"),
@@ -162,3 +162,14 @@ def test_report_does_without_jax(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "1 run(s) not started" in done.stdout
     assert study.report_file.exists()
+
+
+def test_output_is_in_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = StudyDir(tmp_path / "study")
+    description = {"name": "s", "reported": "\xe9t\xe9", "arms": {"a": {}}, "sizes": {}, "seeds": [0], "claims": []}
+    write_json(study.study_file, description | {"tuning": None})
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (done,) = commands(tmp_path, ("-m", "alexnet_jax", "report", "study"))
+    assert done.returncode == 0, done.stderr
+    assert r"top-1 error on \xe9t\xe9, %" in done.stdout
+    assert "\xe9t\xe9" in study.report_file.read_text("utf-8")

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from alexnet_jax.data import augment, datasets, loader
 from alexnet_jax.data.datasets import Arrays
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.parallel import TOWER, Executor
-from alexnet_jax.run_dir import RunDir
+from alexnet_jax.run_dir import RunDir, write_json
 from support import TINY, random_statistics, run_config
 
 # Initial weights with which logits differ between images, and probabilities between classes.
@@ -211,6 +212,19 @@ def test_ensemble_of_runs_on_other_images_raises(runs: list[Path], tmp_path: Pat
         evaluate.evaluate_runs([runs[0], other.path])
     with pytest.raises(ValueError, match="must be a run's folder"):
         evaluate.evaluate_runs([tmp_path])
+
+
+@pytest.mark.slow
+def test_split_is_chosen_and_its_classes_are_checked(runs: list[Path], tmp_path: Path) -> None:
+    results = evaluate.evaluate_runs(runs[:1], split="train")
+    assert (results["split"], results["images"]) == ("train", 4000)
+    assert results["errors"] != evaluate.evaluate_runs(runs[:1])["errors"]
+    with pytest.raises(ValueError, match="eval_split=val: must be a split of mnist5k; use one of train, test"):
+        evaluate.evaluate_runs(runs[:1], split="val")
+    named = RunDir(shutil.copytree(runs[0], tmp_path / "run"))
+    write_json(named.dataset_file, {"classes": 10, "class_names": [*"012345678", "nine"]})
+    with pytest.raises(ValueError, match="class_names: class 9 was 'nine', is '9'"):
+        evaluate.evaluate_runs([named.path], split="train")
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import chex
@@ -350,6 +352,41 @@ def test_cpu_is_a_device_per_tower_unless_the_environment_decides(environment: d
     """XLA accepts the flags, too: it ends the process at one that it does not know."""
     done = run_script(HOST_DEVICES, **environment)
     assert done.stdout == f"{devices}\n", done.stderr
+
+
+INITIALIZE = """
+import jax
+from alexnet_jax import parallel
+parallel.initialize(2)
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+def test_cache_that_cannot_be_written_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for environment in ({"HOME": str(tmp_path / "file")}, {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "file")}):
+        done = run_script(INITIALIZE, **environment)
+        assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
+        assert re.fullmatch(r"compiled programs are not kept \(.*file.*\): set JAX_COMPILATION_.*\n", done.stderr)
+    done = run_script(INITIALIZE, HOME=str(tmp_path))
+    assert (done.stdout, done.stderr) == (f"{tmp_path}/.cache/alexnet_jax\n", "")
+
+
+def test_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(parallel, "_config", SimpleNamespace(jax_compilation_cache_dir=None))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert parallel._cache_folder() is None
+    assert "compiled programs are not kept (Could not determine home" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_platform_that_is_not_here_names_the_variable(platform: str, tmp_path: Path) -> None:
+    done = run_script(INITIALIZE, HOME=str(tmp_path), JAX_PLATFORMS=platform)
+    assert f"ValueError: JAX_PLATFORMS={platform}: must name platforms that JAX has here; unset it or" in done.stderr
 
 
 SOAK = """

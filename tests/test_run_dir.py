@@ -4,6 +4,7 @@ import json
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from alexnet_jax import run_dir
 from alexnet_jax.config import FREE, as_json, flatten
 from alexnet_jax.run_dir import RunDir, StudyDir, atomic_write, complete_lines, read_json, write_json, write_text
-from support import FREELY_CHANGED, REPOSITORY, run_config
+from support import FREELY_CHANGED, REPOSITORY, run_config, run_script
 
 
 def test_atomic_write_makes_folders_and_files_that_others_can_read(tmp_path: Path) -> None:
@@ -169,6 +170,96 @@ def test_trials_have_folders_of_their_own(study: StudyDir) -> None:
 def test_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a study's folder: it has no study.json; give one like runs/"):
         StudyDir(tmp_path).read()
+
+
+def finished_run(path: Path) -> tuple[RunDir, Callable[..., dict[str, Any]]]:
+    """Return a finished run of 4 epochs, and the function that returns its config with changes."""
+    run = RunDir(path)
+
+    def config(**changes: Any) -> dict[str, Any]:
+        return as_json(run_config(**changes))
+
+    write_json(run.config_file, config())
+    write_json(run.result_file, {"steps": 4000})
+    return run, config
+
+
+def test_finished_run_is_extended_by_saying_so(tmp_path: Path) -> None:
+    run, config = finished_run(tmp_path)
+    longer = config(**{"train.epochs": 6.0, "optim.decay_epochs": (5.0,)})
+    with pytest.raises(ValueError, match=r"train.epochs was 4.0, is 6.0\): .* give --extend to train it further"):
+        run.check(longer)
+    run.check(longer, extend=True)
+    assert run.status == "finished"
+    run.extend(longer)
+    assert run.status == "unfinished"
+    run.check(longer)
+    changes = {"train.epochs": [4.0, 6.0], "optim.decay_epochs": [[3.0], [5.0]]}
+    assert run.extensions == [{"changes": changes, "result": {"steps": 4000}}]
+    run.extend(longer)
+    assert len(run.extensions) == 1
+
+
+def test_extension_that_crashed_begins_again(tmp_path: Path) -> None:
+    """The result is gone, the config is not yet the new one."""
+    run, config = finished_run(tmp_path)
+    run.extend(config(**{"train.epochs": 6.0}))
+    write_json(run.config_file, config())
+    with pytest.raises(ValueError, match="give --extend"):
+        run.check(config(**{"train.epochs": 6.0}))
+    run.extend(config(**{"train.epochs": 6.0}))
+    run.check(config(**{"train.epochs": 6.0}))
+    assert len(run.extensions) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "finished"),
+    [
+        ({"train.epochs": 3.0}, True),
+        ({"optim.learning_rate": 0.1}, True),
+        ({"train.epochs": 6.0, "optim.momentum": 0.8}, True),
+        ({"train.epochs": 6.0}, False),
+    ],
+    ids=["fewer epochs", "no more epochs", "another field", "unfinished"],
+)
+def test_only_longer_finished_runs_are_extended(tmp_path: Path, changes: dict[str, Any], finished: bool) -> None:
+    run, config = finished_run(tmp_path)
+    if not finished:
+        run.result_file.unlink()
+    with pytest.raises(ValueError, match=r"start again$"):
+        run.check(config(**changes))
+    with pytest.raises(ValueError, match="start again; --extend takes finished runs and more epochs, and may change"):
+        run.extend(config(**changes))
+
+
+def test_variables_that_change_numbers_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    monkeypatch.setenv("SECRET", "1")
+    variables = run_dir.environment()["variables"]
+    assert (variables["JAX_ENABLE_X64"], variables["NVIDIA_TF32_OVERRIDE"]) == ("1", "0")
+    assert "SECRET" not in variables
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    script = (
+        f"from pathlib import Path; from alexnet_jax import run_dir; run_dir.write_text(Path({str(path)!r}), chr(177))"
+    )
+    done = run_script(script, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == "\u00b1".encode()
+
+
+def test_other_classes_are_named_by_the_first_difference(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    write_json(run.dataset_file, {"classes": 3, "class_names": ["cat", "dog", "owl"], "fingerprint": "a"})
+    metadata = {"name": "pets", "classes": 3, "class_names": ["cat", "cow", "owl"], "fingerprint": "a"}
+    with pytest.raises(ValueError, match=r"\(class_names: class 1 was 'dog', is 'cow'\)"):
+        run.check_dataset(metadata)
+    write_json(run.dataset_file, {"classes": 1000})
+    with pytest.raises(ValueError, match=r"\(classes: was 1000, is 3\): take images of its classes, or .* --new_head"):
+        run.check_dataset(metadata)
 
 
 def test_environment_names_versions_and_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

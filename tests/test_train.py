@@ -26,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from alexnet_jax import evaluate, metrics, stop, train
 from alexnet_jax.checkpoint import Checkpoints, load_run
+from alexnet_jax.config import as_json
 from alexnet_jax.data import datasets, loader, prepare, sources, statistics
 from alexnet_jax.data.datasets import Arrays
 from alexnet_jax.data.loader import train_batches
@@ -545,6 +546,16 @@ def test_frozen_layer_does_not_change_from_its_epoch_on() -> None:
         after = jax.device_get(state.params)
         changed.append({name for name in before if (before[name]["kernel"] != after[name]["kernel"]).any()})
     assert changed == [set(config.model.order)] * 8 + [set(config.model.order) - {"conv1"}]
+
+
+@pytest.mark.slow
+def test_extended_run_is_bit_identical_to_one_of_its_length(whole: Path, tiny: ConfigDict, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert train.train_and_evaluate(run_config(**TINY | {"train.epochs": 0.006}), run.path)["steps"] == 6
+    run.extend(as_json(tiny))
+    assert train.train_and_evaluate(tiny, run.path)["steps"] == 12
+    assert "was finished after 6 steps and extended: train.epochs was 0.006, is 0.012" in run.log_file.read_text()
+    jax.tree.map(np.testing.assert_array_equal, load_run(run.path).variables, load_run(whole).variables)
 
 
 def test_finished_run_is_not_run_again(whole: Path, tiny: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:

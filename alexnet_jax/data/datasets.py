@@ -82,8 +82,7 @@ def load(data_config: ConfigDict) -> Dataset:
         name = split if builder is None else split.partition("[")[0]  # TFDS reads slices, such as train[:90%]
         if name not in splits and not (field == "validation_split" and (holds_out or not name)):
             raise ValueError(
-                f"data.{field}={split}: must be a split of {data_config.name}; use --config.data.{field}= one of "
-                f"{list(splits)}"
+                f"data.{field}={split}: must be a split of {data_config.name}; use one of {', '.join(splits)}"
             )
 
     def source(split: str) -> Source:
@@ -112,7 +111,11 @@ def known_class_names(name: str) -> list[str] | None:
 
 def root(data_dir: str) -> Path:
     """Return the folder of all datasets: `data.data_dir`, or TFDS's default if empty."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:  # no HOME, and a user without an entry in the system's list
+        raise ValueError(f"data.data_dir={folder}: must be a folder, and there is no home; give --data_dir") from error
 
 
 def prepared_folder(name: str, size: int, data_dir: str) -> Path:

@@ -97,6 +97,7 @@ def _render(folder: StudyDir, runs: pd.DataFrame, curves: pd.DataFrame, claims: 
         seeds={arm: [seed for of_arm, seed, _ in run_dirs if of_arm == arm] for arm in study["arms"]},
         run_table=_table(runs.dropna(axis="columns", how="all").convert_dtypes(), "runs", is_target=True),
         failures={run.name: failure["error"] for *_, run in run_dirs if (failure := read_json(run.failure_file))},
+        extended={run.name: run.extensions for *_, run in run_dirs if run.extensions},
         environment=json.dumps(environments[0], indent=2) if environments else None,
     )
 

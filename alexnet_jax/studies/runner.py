@@ -10,9 +10,9 @@ import argparse
 import contextlib
 import functools
 import math
+import os
 import re
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,20 +139,24 @@ def _score(folder: RunDir, metric: str) -> float:
     return folder.result[metric]
 
 
-def run_study(study: ConfigDict, workdir: Path | str, only: Sequence[str] = ()) -> list[Run]:
+def run_study(study: ConfigDict, workdir: Path | str, only: Sequence[str] = (), *, extend: bool = False) -> list[Run]:
     """Run everything that is neither finished nor being run by another process, then write the report.
 
     A failed run does not stop the others: failed runs are returned, and their errors are in failure.json.
+
+    Args:
+      only: arms; empty means all.
+      extend: whether to train finished runs of fewer epochs further, with the study's learning rates.
 
     Raises:
       ValueError: some run cannot run as configured; none was started.
       stop.Stopped: a signal asked to stop; the command resumes when it is run again.
     """
     with stop.requests() as request:
-        return _run_study(study, Path(workdir), only, request)
+        return _run_study(study, Path(workdir), only, request, extend)
 
 
-def _run_study(study: ConfigDict, workdir: Path, only: Sequence[str], request: stop.Request) -> list[Run]:
+def _run_study(study: ConfigDict, workdir: Path, only: Sequence[str], request: stop.Request, extend: bool) -> list[Run]:
     _check_writable(workdir)
     runs, tuning_runs = plan(study, workdir, only), trials(study, workdir, only)
     for run in tuning_runs:
@@ -161,29 +165,28 @@ def _run_study(study: ConfigDict, workdir: Path, only: Sequence[str], request: s
     for run in plan(study, workdir)[: len(study.arms)]:
         dataset = train.open_run(run.config).dataset
         sizes[run.arm] = summary.sizes(run.config, dataset.classes, dataset.channels)
-    _check_folders(tuning_runs or runs)
+    _check_folders(tuning_runs or runs, extend)
     _describe(study, workdir, sizes)
     write_layout(workdir)
-    failed = _run_all(tuning_runs, request, wait=True)
+    failed = _run_all(tuning_runs, request, extend, wait=True)
     if tuning_runs:
         chosen = {arm: choice["chosen"] for arm, choice in choices(study, workdir).items()}
         runs = [run for run in plan(study, workdir, only, chosen) if run.arm in chosen]
-        _check_folders(runs)
+        _check_folders(runs, extend)
         _describe(study, workdir, sizes)
-    failed += _run_all(runs, request)
+    failed += _run_all(runs, request, extend)
     report.write(workdir)
     return failed
 
 
 def _check_writable(workdir: Path) -> None:
     """Check that a study can be written to a folder; raise ValueError if it is a file, or nothing can be written."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=workdir).close()
-    except OSError as error:
+    existing = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = "cannot be written" if existing.is_dir() else "is a file"
         raise ValueError(
-            f"--workdir={workdir}: must be a folder that can be written ({error.strerror}); give another one"
-        ) from error
+            f"--workdir={workdir}: must be a folder that can be written, and {existing} {what}; name another"
+        )
 
 
 def print_plan(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> None:
@@ -232,7 +235,7 @@ def _changes(study: ConfigDict, arm: str, chosen: dict[str, Any] | None = None) 
     return flatten(study.arms[arm]) | tuned
 
 
-def _check_folders(runs: list[Run]) -> None:
+def _check_folders(runs: list[Run], extend: bool) -> None:
     """Check that no run's folder holds a run of another config, on other images or from other weights."""
 
     @functools.cache
@@ -240,7 +243,7 @@ def _check_folders(runs: list[Run]) -> None:
         return datasets.load(data_config)
 
     for run in runs:
-        run.folder.check(as_json(run.config))
+        run.folder.check(as_json(run.config), extend=extend)
         dataset = load(FrozenConfigDict(run.config.data))
         if run.folder.dataset_file.exists():
             run.folder.check_dataset(dataset.metadata(run.config.data))
@@ -265,7 +268,7 @@ def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
     write_json(StudyDir(workdir).study_file, description)
 
 
-def _run_all(runs: list[Run], request: stop.Request, *, wait: bool = False) -> list[Run]:
+def _run_all(runs: list[Run], request: stop.Request, extend: bool, *, wait: bool = False) -> list[Run]:
     """Run what is not finished, and return what failed; with `wait`, when runs of other processes have ended, too."""
     failed = []
     for run in runs:
@@ -281,7 +284,7 @@ def _run_all(runs: list[Run], request: stop.Request, *, wait: bool = False) -> l
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 # The operating system releases the lock of a process that ends, however it ends.
                 with filelock.FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
-                    if not _run_or_record_failure(run):
+                    if not _run_or_record_failure(run, extend):
                         failed.append(run)
             except filelock.Timeout:
                 busy.append(run)
@@ -293,10 +296,12 @@ def _run_all(runs: list[Run], request: stop.Request, *, wait: bool = False) -> l
     return failed
 
 
-def _run_or_record_failure(run: Run) -> bool:
+def _run_or_record_failure(run: Run, extend: bool) -> bool:
     """Train and evaluate a run; on failure write failure.json and return False."""
     run.folder.failure_file.unlink(missing_ok=True)
     try:
+        if extend:
+            run.folder.extend(as_json(run.config))
         if run.folder.result is None:
             write_json(run.folder.starts_file, {"starts": run.folder.crashes + 1})
         train.train_and_evaluate(run.config, run.folder.path, run.labels)
@@ -318,6 +323,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init_from", metavar="RUN|FILE", help="start every run from these weights, not initial values"
     )
     parser.add_argument("--new_head", action="store_true", help="with --init_from: start the last layer anew")
+    parser.add_argument(
+        "--extend", action="store_true", help="train finished runs further, with more --config.train.epochs"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the runs and their sizes, train nothing")
     parser.add_argument("--only", default="", help="arms to run, separated by commas; default: all")
     parser.add_argument("--seeds", help="seeds to run, as 0:5 or 0,2,4; default: the study's")
@@ -337,6 +345,6 @@ def main(arguments: argparse.Namespace) -> None:
     parallel.initialize(study.model.towers)
     if arguments.dry_run:
         print_plan(study, workdir, only)
-    elif failed := run_study(study, workdir, only):
+    elif failed := run_study(study, workdir, only, extend=arguments.extend):
         names = "; ".join(run.name for run in failed)
         sys.exit(f"alexnet-jax run: {len(failed)} run(s) failed: {names}; re-run the command to try them again")

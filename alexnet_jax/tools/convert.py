@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from alexnet_jax import config as config_lib
-from alexnet_jax import model, train
+from alexnet_jax import model, parallel, train
 from alexnet_jax.checkpoint import TrainedNetwork, load_run, save_run
 from alexnet_jax.data import augment
 from alexnet_jax.metrics import Progress
@@ -100,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Convert, and print what the network expects of its input."""
+    parallel.initialize(1)
     config = None if arguments.config is None else config_lib.reference_run(arguments.config)
     network = convert(arguments.source, arguments.target, config)
     data = network.config.data

@@ -172,7 +172,7 @@ def test_damaged_image_is_named(prepared: Path, monkeypatch: pytest.MonkeyPatch)
         ),
         (
             {"name": "mnist5k", "train_split": "train[:9%]"},
-            r"data.train_split=train\[:9%\]: must be a split of mnist5k; use .*\['train', 'test'\]",
+            r"data.train_split=train\[:9%\]: must be a split of mnist5k; use one of train, test",
         ),
         ({"name": "mnist5k", "eval_split": "validation"}, r"eval_split=validation: must be a split of mnist5k"),
         (
@@ -198,3 +198,15 @@ def test_incomplete_preparation_raises(tmp_path: Path) -> None:
         ValueError, match=r"data.name=photos: must be prepared completely, .*32px is incomplete; prepare"
     ):
         datasets.load(photos_config(tmp_path))
+
+
+def test_folder_of_datasets_must_be_given_where_there_is_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    with pytest.raises(
+        ValueError, match=r"data.data_dir=~/tensorflow_datasets: must be a folder, and there is no home"
+    ):
+        datasets.root("")

@@ -1,5 +1,6 @@
 """A study runs what is missing, tunes its arms on images of their own, and starts nothing where an arm cannot run."""
 
+import argparse
 import json
 import re
 import shutil
@@ -16,7 +17,8 @@ import pandas as pd
 import pytest
 from ml_collections import ConfigDict
 
-from alexnet_jax import stop, train
+from alexnet_jax import model, stop, train
+from alexnet_jax.checkpoint import TrainedNetwork, save_run
 from alexnet_jax.config import as_json
 from alexnet_jax.configs import ablation_lrn, base
 from alexnet_jax.data import prepare, sources
@@ -101,6 +103,83 @@ def test_another_config_is_refused_before_anything_is_written(trained: list[tupl
     with pytest.raises(ValueError, match=r"seed_0 holds a run of another config \(optim.momentum was 0.9, is 0.8\)"):
         runner.run_study(tiny_study(**{"seeds": (0, 1, 2), "optim.momentum": 0.8}), tmp_path)
     assert files(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_finished_runs_are_extended(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
+    """And those that have not begun run to the same end."""
+    runner.run_study(tiny_study(), tmp_path, only=["lrn"])
+    longer = tiny_study(**{"train.epochs": 0.008})
+    with pytest.raises(ValueError, match="give --extend"):
+        runner.run_study(longer, tmp_path, only=["lrn", "no_lrn"])
+    trained.clear()
+    assert runner.run_study(longer, tmp_path, only=["lrn", "no_lrn"], extend=True) == []
+    assert [arm for arm, _ in trained] == ["lrn", "no_lrn"]
+    results = [StudyDir(tmp_path).run(arm, 0).result or {} for arm in ("lrn", "no_lrn")]
+    assert [result["epochs"] for result in results] == [0.008, 0.008]
+    assert "train.epochs was 0.004, is 0.008, from step 1 on" in StudyDir(tmp_path).report_file.read_text()
+
+
+def test_workdir_that_is_a_run_is_refused(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
+    write_json(RunDir(tmp_path).config_file, as_json(run_config()))
+    before = files(tmp_path)
+    for run in (runner.run_study, runner.print_plan):
+        with pytest.raises(ValueError, match=f"is a run; give another one, and --init_from={tmp_path} to start from"):
+            run(tiny_study(), tmp_path)
+    assert (trained, files(tmp_path)) == ([], before)
+
+
+def test_workdir_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.train, "open_run", None)
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path / "file", tmp_path / "file" / "runs"):
+        with pytest.raises(
+            ValueError, match=r"must be a folder that can be written, and .*file is a file; name another"
+        ):
+            runner.run_study(tiny_study(), workdir)
+    monkeypatch.setattr(runner.os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match=f"and {tmp_path} cannot be written"):
+        runner.run_study(tiny_study(), tmp_path / "new" / "runs")
+
+
+@pytest.mark.slow
+def test_study_starts_from_weights_and_says_so(
+    trained: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_source(classes: int) -> None:
+        config, source = run_config(**TINY), RunDir(tmp_path / "source")
+        shutil.rmtree(source.path, ignore_errors=True)
+        variables = model.init(config.model, classes, (23, 23, 1), 3)
+        save_run(source, TrainedNetwork(config, classes, variables), train.new_state(config, variables), {})
+
+    make_source(10)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--workdir=study", "--only=lrn", "--init_from=source", "--config", ""]
+
+    def main(*more: str) -> None:
+        parser = argparse.ArgumentParser()
+        runner.add_arguments(parser)
+        arguments = parser.parse_args([*flags, *more])
+        arguments.config, arguments.config_name = tiny_study(seeds=(0, 1)), "study"
+        runner.main(arguments)
+
+    main("--new_head")
+    study = StudyDir(tmp_path / "study")
+    assert [folder for _, folder in trained] == [Path("study/lrn/seed_0"), Path("study/lrn/seed_1")]
+    for seed in (0, 1):
+        of_run = study.run("lrn", seed).read_config()
+        assert of_run is not None
+        assert (of_run.train.init_from, of_run.train.new_head) == (str(tmp_path / "source"), True)
+    assert (
+        f"Every run starts from the weights of {tmp_path / 'source'}; the last layer" in study.report_file.read_text()
+    )
+    with pytest.raises(ValueError, match=r"train.new_head was True, is False"):
+        main()
+    make_source(3)
+    flags[0] = "--workdir=other"
+    with pytest.raises(ValueError, match="must have a last layer of the 10 classes of mnist5k"):
+        main()
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
@@ -253,7 +332,7 @@ def test_dataset_that_was_prepared_anew_is_refused(photos: Path, tmp_path: Path)
     changed = other / "train" / "cat" / "0.jpg"
     shutil.copy(other / "train" / "cat" / "1.jpg", changed)
     prepare_again(other)
-    refused = r"a/seed_0 holds a run on other images \(fingerprint was \w+, is \w+\): prepare photos from"
+    refused = r"a/seed_0 holds a run on other images \(fingerprint: was \w+, is \w+\): prepare photos from"
     with pytest.raises(ValueError, match=refused):
         runner.run_study(study, tmp_path / "study")
     with pytest.raises(ValueError, match=refused):
