@@ -6,6 +6,7 @@ the held-out images that are nearest in the last hidden layer.
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,24 @@ from alexnet_jax.model import AlexNet
 from alexnet_jax.parallel import TOWER, Executor, initialize, make_executor
 from alexnet_jax.run_dir import RunDir, read_json
 
+NEIGHBOURS = 6
+
 
 def predict(
-    run_dir: Path, files: Sequence[Path], *, views: int | None = None, neighbours: int = 0, data_dir: str | None = None
+    run_dir: Path,
+    files: Sequence[Path],
+    *,
+    views: int | None = None,
+    neighbours: int | None = 0,
+    data_dir: str | None = None,
 ) -> list[Prediction]:
     """Predict the classes of image files with the network of a run.
 
     Args:
       files: images of any size; resized and cropped as in preparation (paper, section 2).
       views: 1 or 10 per image; None: as the run's config.
-      neighbours: number of nearest held-out images to find, by Euclidean distance of `features` (section 6.1).
+      neighbours: number of nearest held-out images to find, by Euclidean distance of `features` (section 6.1). None: 6,
+        or without the dataset none, with a line on standard error.
       data_dir: folder of datasets; None: as the run's config.
 
     Raises:
@@ -53,10 +62,9 @@ def predict(
     executor = make_executor(config.train.executor, config.model.towers, config.eval.batch_size)
     variables, statistics = executor.place(network.variables), executor.replicate(network.known_statistics())
     nearest: list[list[tuple[np.ndarray, str]]] = [[] for _ in files]
-    if neighbours:
-        dataset = datasets.load(config.data)
-        RunDir(run_dir).check_dataset(dataset.metadata(config.data))
-        held_out = dataset.evaluation
+    held_out = None if neighbours == 0 else _held_out(run_dir, config, optional=neighbours is None)
+    if held_out is not None:
+        neighbours = min(NEIGHBOURS, len(held_out)) if neighbours is None else neighbours
         if neighbours > len(held_out):
             raise ValueError(f"--neighbours={neighbours}: must be at most the {len(held_out)} held-out images")
         of_images = functools.partial(features(config, network.classes, executor), variables, statistics)
@@ -99,6 +107,19 @@ def features(config: ConfigDict, classes: int, executor: Executor) -> Predictor:
     return evaluate.map_over_batch(last_inputs, executor)
 
 
+def _held_out(run_dir: Path, config: ConfigDict, *, optional: bool) -> Source | None:
+    """Return the held-out images of a run; if they are optional and not there, print a line and return None."""
+    try:
+        dataset = datasets.load(config.data)
+        RunDir(run_dir).check_dataset(dataset.metadata(config.data))
+    except ValueError as error:
+        if not optional:
+            raise
+        print(f"nearest held-out images are left out: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+    return dataset.evaluation
+
+
 def _nearest(
     of_images: Callable[[np.ndarray], jax.Array], images: np.ndarray, held_out: Source, config: ConfigDict, count: int
 ) -> np.ndarray:
@@ -124,7 +145,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a run, such as runs/ablation_lrn/lrn/seed_0")
     parser.add_argument("--views", type=int, choices=(1, 10), help="views per image; default: as the run's config")
     parser.add_argument(
-        "--neighbours", type=int, default=6, help="held-out images to find for each image; 0: none, needs no dataset"
+        "--neighbours",
+        type=int,
+        help=f"held-out images to find for each image; 0: none; default: {NEIGHBOURS}, or none without the dataset",
     )
     parser.add_argument("--data_dir", help="folder of datasets; default: as the run's config")
     parser.add_argument("--output", type=Path, default=Path("predictions.png"), help="figure; default: %(default)s")
@@ -133,7 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Print the most probable classes of each image, and draw them."""
-    if arguments.neighbours < 0:
+    if arguments.neighbours is not None and arguments.neighbours < 0:
         raise ValueError(f"--neighbours={arguments.neighbours}: must be 0 or more")
     config = RunDir(arguments.run).read_config()
     initialize(config.model.towers if config else 1)

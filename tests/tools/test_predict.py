@@ -1,6 +1,7 @@
 """Predictions for image files equal those of evaluation for the same pixels; neighbours are nearest in the features."""
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from alexnet_jax import evaluate, model, train
 from alexnet_jax.checkpoint import TrainedNetwork, load_run, save_run
 from alexnet_jax.data import datasets
 from alexnet_jax.parallel import Executor
-from alexnet_jax.run_dir import RunDir
+from alexnet_jax.run_dir import RunDir, read_json, write_json
 from alexnet_jax.tools import predict
 from support import TINY, random_statistics, run_config
 
@@ -129,6 +130,25 @@ def test_verb_prints_and_draws(
         assert f" {name} " in printed
         assert f"{100 * probability:.2f}" in printed
     assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_held_out_images_are_left_out_where_they_are_not_there(
+    run: Path, digits: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with converted weights; they are asked for, or not."""
+    converted = RunDir(shutil.copytree(run, tmp_path / "run"))
+    config = read_json(converted.config_file)
+    assert config is not None
+    config["data"] |= {"name": "unprepared", "data_dir": str(tmp_path)}
+    write_json(converted.config_file, config)
+    arguments = (f"--run={converted.path}", f"--output={tmp_path / 'figure.png'}", str(digits[1]))
+    run_verb(*arguments)
+    printed = capsys.readouterr()
+    assert "probability, %" in printed.out
+    assert printed.err.startswith("nearest held-out images are left out: data.name=unprepared: must be")
+    assert printed.err.count("\n") == 1
+    with pytest.raises(ValueError, match=r"data.name=unprepared"):
+        run_verb(*arguments, "--neighbours=2")
 
 
 def test_bad_input_raises_before_anything_is_drawn(run: Path, digits: list[Path], tmp_path: Path) -> None:
