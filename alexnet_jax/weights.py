@@ -323,15 +323,19 @@ def _read_torch(path: Path) -> tuple[Arrays, dict[str, Any]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise ValueError("PyTorch reads .pth files; pip install torch, or save it as .safetensors") from None
-    except pickle.UnpicklingError as error:
-        (first, *_), found = str(error).splitlines(), re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds {found[1]}" if found else first
-        raise ValueError(f"only tensors are loaded, and {reason}; save the model's state_dict() alone") from error
+    except Exception as error:  # of many kinds
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"it holds {found[1]}, and only tensors are loaded; save the state_dict() alone"
+            ) from error
+        raise ValueError("it is damaged, or was not written by torch.save; save or download it again") from error
     while isinstance(content, Mapping) and (inner := [content[key] for key in _WRAPPINGS if key in content]):
         content = inner[0]
-    if not isinstance(content, Mapping):
-        raise ValueError(f"it holds a {type(content).__name__}; save the model's state_dict()")
-    tensors = {key: tensor for key, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    named = content if isinstance(content, Mapping) else {}
+    tensors = {key: tensor.detach() for key, tensor in named.items() if isinstance(tensor, torch.Tensor)}
+    if not tensors:
+        holds = ", ".join(map(str, list(named)[:10])) or f"a {type(content).__name__}"
+        raise ValueError(f"it holds {holds}, and not the weights of one network; save its state_dict()")
     arrays = {
         key: (tensor.float() if tensor.is_floating_point() else tensor).numpy() for key, tensor in tensors.items()
     }
@@ -346,14 +350,8 @@ def _unwrap(arrays: Arrays) -> Arrays:
     return {name: arrays[wrapped] for name, wrapped in unwrapped.items()}
 
 
-_READERS = {
-    ".npy": _read_npy,
-    ".safetensors": _read_safetensors,
-    ".pth": _read_torch,
-    ".pt": _read_torch,
-    ".pth.tar": _read_torch,
-    ".ckpt": _read_torch,
-}
+READ_ONLY = (".pth", ".pt", ".tar", ".ckpt")  # PyTorch's
+_READERS = {".npy": _read_npy, ".safetensors": _read_safetensors, **dict.fromkeys(READ_ONLY, _read_torch)}
 _LAYOUTS = {suffix: Caffe() if suffix == ".npy" else Torchvision() for suffix in _READERS}
 
 

@@ -1,5 +1,7 @@
 """Weights of any precision and wrapping are read alike; a run starts from the weights that its config names, or not."""
 
+import argparse
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +37,11 @@ def state_dict() -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(array) for name, array in encoded.items()}  # safetensors saves memory as it is
 
 
+def parameter(tensor: Any) -> Any:
+    """Return a tensor as a parameter, which `state_dict` does not, but a dictionary of `named_parameters` has."""
+    return importlib.import_module("torch").nn.Parameter(tensor.float())
+
+
 def assert_weights(network: TrainedNetwork, state_dict: dict[str, np.ndarray]) -> None:
     encoded = weights._encode(weights.Torchvision(), network.config, weights.grouped(network))
     for name, array in encoded.items():
@@ -67,7 +74,8 @@ def test_pth_of_any_precision_is_read_as_float32(
         ("net.pth.tar", "", lambda tensors: {"epoch": 90, "arch": "alexnet", "state_dict": tensors, "best_acc1": 56.5}),
         ("net.ckpt", "model.", lambda tensors: {"state_dict": tensors, "global_step": 3}),  # Lightning
         ("net.pt", "_orig_mod.module.", lambda tensors: {"model": tensors, "optimizer": {"state": {}}}),
-        ("net.PTH", "", lambda tensors: {"model_state_dict": tensors, "loss": 0.1}),
+        ("net.tar", "", lambda tensors: {"model_state_dict": tensors, "loss": 0.1}),
+        ("net.PTH", "", lambda tensors: {name: parameter(tensor) for name, tensor in tensors.items()}),
     ],
 )
 def test_usual_wrappings_of_pytorch_are_read(
@@ -81,6 +89,37 @@ def test_usual_wrappings_of_pytorch_are_read(
     tensors = {f"{prefix}{key}": torch.tensor(array) for key, array in state_dict.items()}
     torch.save(wrap(tensors | {f"{prefix}steps": torch.tensor(3)}), tmp_path / name)
     assert_weights(weights.read_file(tmp_path / name, reduced("torchvision")), state_dict)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda torch: torch.nn.Linear(2, 2), "it holds torch.nn.modules.linear.Linear, and only tensors are loaded"),
+        (
+            lambda torch: {"state_dict": {}, "args": argparse.Namespace()},
+            "it holds argparse.Namespace, and only tensors",
+        ),
+        (
+            lambda torch: {"generator": {}, "discriminator": {}},
+            "it holds generator, discriminator, and not the weights of",
+        ),
+        (lambda torch: [torch.zeros(3)], "it holds a list, and not the weights of one network; save its state_dict"),
+        (
+            lambda torch: {"features.0.weight": torch.zeros(3)},
+            "has no features.0.bias, which the network needs; it has",
+        ),
+        (b"<html>404 Not Found</html>", "it is damaged, or was not written by torch.save; save or download it again"),
+        (b"", "it is damaged, or was not written by torch.save"),
+    ],
+)
+def test_other_content_of_pytorch_is_one_line(torch: ModuleType, tmp_path: Path, content: Any, message: str) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / "net.pth").write_bytes(content)
+    else:
+        torch.save(content(torch), tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=message) as raised:
+        weights.read_file(tmp_path / "net.pth", reduced("torchvision"))
+    assert "\n" not in str(raised.value)
 
 
 def test_parallel_features_of_pytorchs_example_are_read(tmp_path: Path, state_dict: dict[str, np.ndarray]) -> None:

@@ -340,6 +340,8 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.init_from is not None:
         study.train.init_from = str(Path(arguments.init_from).expanduser().resolve())
     if arguments.new_head:
+        if not study.train.init_from:
+            raise ValueError("--new_head: must come with --init_from; without it, all layers start anew")
         study.train.new_head = True
     only = arguments.only.split(",") if arguments.only else []
     parallel.initialize(study.model.towers)

@@ -4,7 +4,7 @@ SOURCE and TARGET are, by their names:
 
 - a folder: a run. As a target it must be new, holds a run that has done no step, and training starts from its weights.
 - NAME.npy: Caffe's layout (bvlc_alexnet.npy): by layer, kernels (height, width, in, out), channels blue, green, red.
-- NAME.safetensors, or as a source NAME.pth, .pt, .pth.tar or .ckpt: torchvision's names and layout. The state_dict may
+- NAME.safetensors, or as a source NAME.pth, .pt, .tar or .ckpt: torchvision's names and layout. The state_dict may
   be inside a training checkpoint, or of a model inside DataParallel and the like.
 - NAME.stablehlo, as a target: the forward pass from uint8 images (batch, height, width, RGB) to logits, on one device.
 
@@ -31,7 +31,7 @@ from alexnet_jax.data import augment
 from alexnet_jax.metrics import Progress
 from alexnet_jax.parallel import TOWER
 from alexnet_jax.run_dir import RunDir, atomic_write
-from alexnet_jax.weights import read_file, write_file
+from alexnet_jax.weights import READ_ONLY, read_file, write_file
 
 
 def export(network: TrainedNetwork) -> bytes:
@@ -69,8 +69,8 @@ def convert(source: Path, target: Path, config: ConfigDict | None = None) -> Tra
 
     A source that is a file needs a config. What cannot be read, does not fit or exists as a folder raises ValueError.
     """
-    if target.name.lower().endswith((".pth", ".pt", ".pth.tar", ".ckpt")):
-        raise ValueError(f"{target}: must not be .pth, which is read only; PyTorch reads .safetensors, too")
+    if target.name.lower().endswith(READ_ONLY):
+        raise ValueError(f"{target}: must not be {target.suffix}, which is read only; PyTorch reads .safetensors, too")
     if not target.absolute().parent.is_dir():
         raise ValueError(f"{target}: must be in an existing folder, and {target.parent} does not exist")
     if source.is_dir():
