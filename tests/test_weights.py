@@ -19,7 +19,7 @@ from alexnet_jax.checkpoint import TrainedNetwork, load_run, save_run
 from alexnet_jax.data import datasets
 from alexnet_jax.data.loader import train_batches
 from alexnet_jax.run_dir import RunDir, read_json
-from support import TINY, random_statistics, reduced, run_config
+from support import TINY, assert_close, random_statistics, reduced, run_config
 
 CLASSES = 7
 DIGITS = [str(digit) for digit in range(10)]
@@ -251,7 +251,7 @@ def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a run stop before its first step."""
 
     def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise InterruptedError
 
     monkeypatch.setattr(train, "_dispatch", stop)
 
@@ -262,7 +262,7 @@ def test_run_remembers_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     make_run(source, run_config(**TINY))
     config, dataset = starting_from(source)
     without_training(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedError):
         train.train_and_evaluate(config, run.path)
     assert "starts from the weights of" in run.log_file.read_text()
     weights.check_initial(run, config, dataset)
@@ -273,6 +273,17 @@ def test_run_remembers_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         train.train_and_evaluate(config, run.path)
     with pytest.raises(ValueError, match=r"train.init_from was '.*source', is ''"):
         train.train_and_evaluate(run_config(**TINY), run.path)
+
+
+@pytest.mark.slow
+def test_run_trains_the_weights_that_it_starts_from(tmp_path: Path) -> None:
+    """At a learning rate of almost 0 they are those of the last checkpoint."""
+    source = make_run(tmp_path / "source", run_config(**TINY))
+    tiny = {"train.epochs": 0.003, "optim.learning_rate": 1e-9}
+    config, _ = starting_from(tmp_path / "source", **tiny)
+    train.train_and_evaluate(config, tmp_path / "run")
+    trained = load_run(tmp_path / "run").variables
+    jax.tree.map(lambda actual, expected: assert_close(actual, expected, 1e-5), trained, source.variables)
 
 
 @pytest.mark.slow
