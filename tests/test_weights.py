@@ -3,6 +3,7 @@
 import argparse
 import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ from alexnet_jax.checkpoint import TrainedNetwork, load_run, save_run
 from alexnet_jax.data import datasets
 from alexnet_jax.data.loader import train_batches
 from alexnet_jax.run_dir import RunDir, read_json
-from support import TINY, assert_close, random_statistics, reduced, run_config
+from support import TINY, random_statistics, reduced, run_config
 
 CLASSES = 7
 DIGITS = [str(digit) for digit in range(10)]
@@ -283,7 +284,7 @@ def test_run_trains_the_weights_that_it_starts_from(tmp_path: Path) -> None:
     config, _ = starting_from(tmp_path / "source", **tiny)
     train.train_and_evaluate(config, tmp_path / "run")
     trained = load_run(tmp_path / "run").variables
-    jax.tree.map(lambda actual, expected: assert_close(actual, expected, 1e-5), trained, source.variables)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), trained, source.variables)
 
 
 @pytest.mark.slow
