@@ -1,8 +1,8 @@
 """One implementation to benchmark, in a process of its own: baselines.py KIND WHAT NETWORK BATCH STEPS
 
 Prints "ready" once it has compiled. For each line on standard input it runs STEPS steps and prints the seconds they
-took. At the end of the input it prints the peak memory of the process in bytes. measure.py starts it. Only what KIND
-needs is imported, because that memory counts.
+took, and the CPU seconds, user and system. At the end of the input it prints the peak memory of the process in bytes.
+measure.py starts it. Only what KIND needs is imported, because that memory counts.
 """
 
 import os
@@ -299,10 +299,10 @@ def main() -> None:
     run()
     print("ready", flush=True)
     for _ in sys.stdin:
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         for _ in range(calls):
             run()
-        print(time.perf_counter() - began, flush=True)
+        print(time.perf_counter() - began, time.process_time() - cpu_began, flush=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
 
 
