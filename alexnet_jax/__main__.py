@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from alexnet_jax import __version__
-from alexnet_jax.config import load_study
+from alexnet_jax.config import load_study, split_spec
 
 
 class Verb(NamedTuple):
@@ -46,7 +46,7 @@ def run_verb(name: str, argv: list[str]) -> None:
     logging.getLogger().setLevel(logging.ERROR)  # JAX, Orbax and TFDS log more than the command itself
     try:
         if getattr(arguments, "config", None) is not None:
-            arguments.config_name = Path(arguments.config.partition(":")[0]).stem
+            arguments.config_name = Path(split_spec(arguments.config)[0]).stem
             arguments.config = load_study(arguments.config, overrides)
         elif overrides:
             parser.error(f"{overrides[0]}: needs --config")

@@ -142,7 +142,7 @@ def test_studies_run_from_any_folder(tmp_path: Path) -> None:
     assert re.findall(r"│ (\w+), seed (\d) ", own.stdout) == [("wide_and_slow", str(seed)) for seed in range(5)]
     assert "my_study" in own.stdout
     assert scaled.returncode == 1
-    assert scaled.stderr.startswith("alexnet-jax run: scale=tiny: must be one of embedded, ")
+    assert re.match(r"alexnet-jax run: my_study.py:\d+: scale=tiny: must be one of embedded, ", scaled.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["my_study.py"]
 
 
