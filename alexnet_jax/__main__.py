@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,22 @@ VERBS = {
 
 def run_verb(name: str, argv: list[str]) -> None:
     """Run a verb; bad input is one line on standard error and exit status 1, a wrong command line exit status 2."""
+    try:
+        try:
+            _run(name, argv)
+        finally:
+            sys.stdout.flush()  # a closed pipe may be noticed only now
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        sys.exit(f"alexnet-jax {name}: standard output is closed")
+    except (ValueError, OSError) as error:
+        sys.exit(f"alexnet-jax {name}: {error}")
+    except KeyboardInterrupt as stopped:
+        sys.exit(f"alexnet-jax {name}: {stopped or 'interrupted'}\nre-run the command to resume")
+
+
+def _run(name: str, argv: list[str]) -> None:
+    """Parse a verb's arguments and run it."""
     module = importlib.import_module(VERBS[name].module)  # only this verb's: `--help` and `report` start at once
     parser = argparse.ArgumentParser(
         prog=f"alexnet-jax {name}",
@@ -44,17 +61,12 @@ def run_verb(name: str, argv: list[str]) -> None:
     if unknown := [argument for argument in rest if argument not in overrides]:
         parser.error(f"unknown argument {unknown[0]!r}")
     logging.getLogger().setLevel(logging.ERROR)  # JAX, Orbax and TFDS log more than the command itself
-    try:
-        if getattr(arguments, "config", None) is not None:
-            arguments.config_name = Path(split_spec(arguments.config)[0]).stem
-            arguments.config = load_study(arguments.config, overrides)
-        elif overrides:
-            parser.error(f"{overrides[0]}: needs --config")
-        module.main(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"alexnet-jax {name}: {error}")
-    except KeyboardInterrupt as stopped:
-        sys.exit(f"alexnet-jax {name}: {stopped or 'interrupted'}\nre-run the command to resume")
+    if getattr(arguments, "config", None) is not None:
+        arguments.config_name = Path(split_spec(arguments.config)[0]).stem
+        arguments.config = load_study(arguments.config, overrides)
+    elif overrides:
+        parser.error(f"{overrides[0]}: needs --config")
+    module.main(arguments)
 
 
 def main() -> None:
