@@ -60,9 +60,9 @@ def load_study(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise ValueError(f"{path}:{line}: get_config must take a scale, or none; {remedy} --config") from None
     with _file_and_line(path, file):
         study = get_config(*call.args)
-    if not isinstance(study, ConfigDict):
+    if not isinstance(study, ConfigDict) or not {*SECTIONS, "arms", "seeds", "claims", "tuning"} <= set(study):
         made = type(study).__name__
-        raise ValueError(f"{path}:{line}: get_config must return a study, not {made}; return base.study(...)")
+        raise ValueError(f"{path}:{line}: get_config must return a study, not any {made}; return base.study(...)")
     study.lock()
     for override in overrides:
         key, equals, text = override.removeprefix("--config.").partition("=")

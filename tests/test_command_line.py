@@ -158,7 +158,10 @@ def test_closed_pipe_ends_in_a_word(printed: str, tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     call = [sys.executable, "-c", code]
-    done = subprocess.run(call, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        call, cwd=tmp_path, env=environment, stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "alexnet-jax v: standard output is closed\n")
 

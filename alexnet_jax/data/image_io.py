@@ -137,6 +137,8 @@ def _decoding(content: bytes) -> Iterator[None]:
         raise OSError("not an image of a format that Pillow reads") from None
     except OSError:
         raise
+    except Image.DecompressionBombError:
+        raise OSError(f"more pixels than the limit of {Image.MAX_IMAGE_PIXELS}") from None
     except Exception as error:  # of any kind: plugins assume that files are well-formed
         raise OSError(f"cannot be decoded ({type(error).__name__}: {error})") from error
 

@@ -174,7 +174,10 @@ def prepare(
 
 def _check_same_images(target: Path, raw: RawDataset) -> None:
     """Raise ValueError if a prepared dataset was made of other images; versions before 0.3 recorded less of them."""
-    info = tfds.builder_from_directory(target).info
+    try:
+        info = tfds.builder_from_directory(target).info
+    except Exception as error:  # of any kind: TFDS's files are damaged or missing
+        raise ValueError(f"{target}: must be a complete dataset, but cannot be read ({error}); delete it") from error
     metadata = info.metadata or {}
     class_names = info.features["label"].names
     images = sum(split.num_examples for split in info.splits.values()) + metadata.get("bad_images", 0)

@@ -307,7 +307,10 @@ def catalogue(name: str, data_dir: str) -> RawDataset | None:
                 f"{name}: TFDS must have TensorFlow to prepare it (training does not); install it with\n"
                 "    pip install tensorflow-cpu"
             )
-        builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)
+        try:
+            builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)
+        except Exception as error:  # each dataset has its own code, and its own files to be downloaded by hand
+            raise ValueError(f"{name}: TFDS cannot prepare it ({type(error).__name__}: {error})") from error
     image, label = datasets.example_keys(builder)
     if None not in builder.info.features[image].shape:
         return None

@@ -228,10 +228,11 @@ def test_image_that_claims_too_many_pixels_is_refused_by_its_header(
 ) -> None:
     assert is_red_above_blue(image_io.resize_and_crop(image_io.decode(claiming(60, 40), 3), 48))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("its pixels must not be read"))
+    monkeypatch.setattr(image_io.simplejpeg, "decode_jpeg", lambda *_: pytest.fail("its pixels must not be read"))
     for content in (claiming(13_378, 13_378), claiming(65_000, 65_000)):
-        with pytest.raises(OSError, match=r"pixels.* limit of \d+"):
+        with pytest.raises(OSError, match=r"more (pixels )?than the limit of 178956970"):
             image_io.decode(content, 3)
-        with pytest.raises(OSError, match=r"pixels.* limit of \d+"):
+        with pytest.raises(OSError, match=r"more (pixels )?than the limit of 178956970"):
             image_io.encode_jpeg(content, 16)
     with image_io.pixel_limit(2399), pytest.raises(OSError, match="60x40 pixels, more than the limit of 2399"):
         image_io.encode_jpeg(claiming(60, 40), 16)

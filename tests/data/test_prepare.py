@@ -1,6 +1,7 @@
 """Tests of the preparation of datasets: from folders, archives and the TFDS catalogue, completely or not at all."""
 
 import argparse
+import hashlib
 import io
 import os
 import re
@@ -255,6 +256,15 @@ def test_dataset_of_an_earlier_version_is_left_as_it_is(photos: Path, tmp_path: 
     assert "but was made of others (50 of 2 classes, of an unknown folder)" in message
 
 
+@pytest.mark.parametrize("damage", [lambda file: file.write_text("{"), lambda file: file.unlink()])
+def test_damaged_dataset_is_named(damage: Callable[[Path], object], photos: Path, tmp_path: Path, run: Command) -> None:
+    run(photos, f"--data_dir={tmp_path}", "--size=16")
+    damage(tmp_path / "photos" / "16px" / "1.0.0" / "dataset_info.json")
+    message = run(photos, f"--data_dir={tmp_path}", "--size=16")
+    assert "photos/16px/1.0.0: must be a complete dataset, but cannot be read (" in message
+    assert message.endswith("); delete it\nNothing was made")
+
+
 @pytest.mark.parametrize("name", ["mnist5k", "a/b", "", "a b"])
 def test_name_that_cannot_be_used_is_refused(name: str, photos: Path, tmp_path: Path, run: Command) -> None:
     """The embedded dataset's name would be trained on instead."""
@@ -293,7 +303,10 @@ def test_share_of_each_class_is_held_out(with_train: bool, photos: Path, tmp_pat
         return validation
 
     before = held_out()
-    assert len([key for key in before if "cat" in key]) == len([key for key in before if "dog" in key]) == 2
+    for name in ("cat", "dog"):
+        hashes = {hashlib.sha256(f"{name}/{number}.jpg".encode()).digest(): f"{number}.jpg" for number in range(20)}
+        lowest = {hashes[digest] for digest in sorted(hashes)[:2]}
+        assert {Path(key).name for key in before if name in key} == lowest
     (folder / "train" / "dog" / "new.jpg" if with_train else folder / "dog" / "new.jpg").write_bytes(b"")
     assert {key for key in held_out() if "cat" in key} == {key for key in before if "cat" in key}
 
@@ -330,7 +343,7 @@ def test_what_is_no_regular_file_is_a_bad_image_and_not_read(photos: Path, tmp_p
     """A FIFO without a writer would be waited for."""
     folder = link_photos(photos, tmp_path / "pets")
     os.mkfifo(folder / "train" / "cat" / "fifo.jpg")
-    (folder / "train" / "cat" / "null.jpg").symlink_to("/dev/zero")
+    (folder / "train" / "cat" / "null.jpg").symlink_to("/dev/null")
     (folder / "train" / "cat" / "loop.jpg").symlink_to("loop.jpg")
     message = run(folder, f"--data_dir={tmp_path}", "--size=16")
     for name in ("fifo.jpg", "null.jpg", "loop.jpg"):
@@ -562,6 +575,14 @@ def test_photos_of_tfds_are_stored_again_resized(
     shapes = [{image_io.decode(example["image"], 3).shape for example in of_source} for of_source in stored]
     assert shapes[0] == {(48, 48, 3)}
     assert not shapes[0] & shapes[1]
+
+
+def test_whatever_tfds_raises_names_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Command) -> None:
+    """Datasets whose files must be downloaded by hand raise AssertionError, for example."""
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(Stock, "MANUAL_DOWNLOAD_INSTRUCTIONS", "download it")
+    monkeypatch.setattr(Stock, "_split_generators", lambda self, manager: manager.manual_dir)
+    assert "stock: TFDS cannot prepare it (AssertionError: " in run("stock", f"--data_dir={tmp_path}")
 
 
 def test_tfds_images_of_one_size_stay_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Command) -> None:
