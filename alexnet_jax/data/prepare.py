@@ -221,7 +221,7 @@ def main(arguments: argparse.Namespace) -> None:
             print(f"{arguments.source}: prepared by TFDS; its images are of one size and stay unchanged")
             return
         for folder in raw.left_aside:
-            print(f"{folder}: left aside, as its images are not in folders of classes")
+            print(f"{folder}: left aside, as it has no folders of the classes")
         skip_bad, max_pixels = arguments.skip_bad, arguments.max_pixels
         target = prepare(raw, arguments.size, arguments.data_dir, skip_bad=skip_bad, max_pixels=max_pixels)
     except OSError as error:

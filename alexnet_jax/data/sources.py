@@ -59,8 +59,8 @@ class RawDataset:
 def folder(path: Path, hold_out: float = 0.0) -> RawDataset:
     """Return the images in `path/train/CLASS/` and `path/val/CLASS/` or `path/test/CLASS/`, but hidden files.
 
-    A `test` folder without classes is left aside if there are other held-out images: those of competitions have no
-    labels.
+    A `test` folder without any of the classes is left aside if there are other held-out images: those of competitions
+    have no labels.
 
     Args:
       hold_out: fraction of the training images of each class that become the validation split; `path` must then have
@@ -79,8 +79,8 @@ def folder(path: Path, hold_out: float = 0.0) -> RawDataset:
             )
     if len(class_names) < 2:
         raise ValueError(
-            f"{folders['train']}: must have the folders of two classes or more, but has {class_names[0]!r} only; give "
-            "the folder above if its images are of several classes"
+            f"{folders['train']}: must have the folders of two classes or more, but has {class_names[0]!r} only; is "
+            f"this the wrong level of folders? The layout is {LAYOUT}"
         )
     fingerprint = hashlib.sha256()
     images: dict[str, list[tuple[int, Path]]] = {split: [] for split in names}
@@ -113,8 +113,10 @@ def _split_folders(path: Path, hold_out: float) -> tuple[dict[str, Path], list[P
     if hold_out and not folders:
         folders["train"] = path
     left_aside = []
-    if "test" in folders and ("validation" in folders or hold_out) and _is_flat(folders["test"]):
-        left_aside.append(folders.pop("test"))
+    if {"train", "test"} <= folders.keys() and ("validation" in folders or hold_out):
+        in_train, in_test = ({entry.name for entry in _entries(folders[split])} for split in ("train", "test"))
+        if not in_train & in_test:
+            left_aside.append(folders.pop("test"))
     if "train" not in folders or (len(folders) < 2 and not hold_out):
         raise ValueError(f"{path}: must have {LAYOUT}, but has {_listed(path)}; {_layout_remedy(path, folders)}")
     if hold_out and len(folders) > 1:

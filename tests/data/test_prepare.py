@@ -179,7 +179,7 @@ def rename_class(folder: Path, name: str) -> None:
             "train/cat/augmented: must be an image, but is a folder; the layout is .*: move its images up, or",
         ),
         (one_level_deeper, "train/animals/cat: must be an image, but is a folder; the layout is train/CLASS/IMAGE"),
-        (one_class, "train: must have the folders of two classes or more, but has 'cat' only; give the folder above"),
+        (one_class, "train: must have the folders of two classes or more, but has 'cat' only; is this the wrong level"),
         (lambda folder: flatten(folder / "val"), "val: must have a folder for each class, not images; move them to C"),
         (lambda folder: flatten(folder / "train"), "train: must have a folder for each class, not images; move them"),
         (
@@ -274,13 +274,18 @@ def test_name_that_cannot_be_used_is_refused(name: str, photos: Path, tmp_path: 
         assert f"--name={name}: must be letters" in message
 
 
-def test_unlabelled_test_folder_is_left_aside(photos: Path, tmp_path: Path, run: Command) -> None:
+@pytest.mark.parametrize("inside", [".", "unknown"])
+@pytest.mark.parametrize("hold_out", [False, True])
+def test_unlabelled_test_folder_is_left_aside(
+    hold_out: bool, inside: str, photos: Path, tmp_path: Path, run: Command
+) -> None:
     folder = link_photos(photos, tmp_path / "pets")
-    shutil.copytree(folder / "val", folder / "test")
-    flatten(folder / "test")
-    output = run(folder, f"--data_dir={tmp_path}", "--size=16")
-    assert output.startswith(f"{folder}/test: left aside, as its images are not in folders of classes\n")
-    assert "train 40, validation 10 images of 2 classes" in output
+    shutil.copytree(folder / "val" / "cat", folder / "test" / inside)
+    if hold_out:
+        shutil.rmtree(folder / "val")
+    output = run(folder, f"--data_dir={tmp_path}", "--size=16", *(["--hold_out=0.25"] if hold_out else []))
+    assert output.startswith(f"{folder}/test: left aside, as it has no folders of the classes\n")
+    assert f"train {30 if hold_out else 40}, validation 10 images of 2 classes" in output
 
 
 @pytest.mark.parametrize("with_train", [True, False])
