@@ -262,7 +262,7 @@ def test_format_that_is_not_read_is_named_with_its_remedy(content: bytes, messag
 def test_mutated_files_are_read_or_named() -> None:
     """A short form of experiments/reliability/images.py."""
     attempt = runpy.run_path(str(REPOSITORY / "experiments" / "reliability" / "images.py"))["attempt"]
-    outcomes = collections.Counter(attempt(number).outcome for number in range(600))
+    outcomes = collections.Counter(attempt(number).outcome for number in range(300))
     assert set(outcomes) == {"read", "named"}, outcomes
 
 
