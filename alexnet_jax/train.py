@@ -105,7 +105,14 @@ def open_run(config: ConfigDict) -> Setup:
             f"{config.data.name} has {dataset.channels} channel(s)"
         )
     model.shapes(config.model, dataset.classes, (config.data.crop, config.data.crop, dataset.channels))
-    return Setup(config, dataset, make_executor(config.train.executor, config.model.towers, config.train.batch_size))
+    executor = make_executor(config.train.executor, config.model.towers, config.train.batch_size)
+    setup = Setup(config, dataset, executor)
+    if setup.steps >= 2**31:  # steps are counted in int32
+        raise ValueError(
+            f"train.epochs={config.train.epochs}: must be fewer than 2**31 steps, not {setup.steps}; train for fewer "
+            "epochs, or with a larger train.batch_size"
+        )
+    return setup
 
 
 def init_state(setup: Setup) -> State:

@@ -173,7 +173,7 @@ def prepare(
 
 
 def _check_same_images(target: Path, raw: RawDataset) -> None:
-    """Raise ValueError if a prepared dataset was made of other images; versions before 0.3 recorded less of them."""
+    """Raise ValueError if a prepared dataset was made of other images; older ones recorded less."""
     try:
         info = tfds.builder_from_directory(target).info
     except Exception as error:  # of any kind: TFDS's files are damaged or missing

@@ -198,3 +198,9 @@ def test_incomplete_preparation_raises(tmp_path: Path) -> None:
         ValueError, match=r"data.name=photos: must be prepared completely, .*32px is incomplete; prepare"
     ):
         datasets.load(photos_config(tmp_path))
+
+
+@pytest.mark.parametrize("split", ["train[:200%]", "train[5:5]", f"train[:{'9' * 5000}]"])
+def test_impossible_slice_names_its_field(prepared: Path, split: str) -> None:
+    with pytest.raises(ValueError, match=r"^data.train_split=train\[.*: must be a split or a slice of one"):
+        datasets.load(photos_config(prepared, train_split=split))
