@@ -62,7 +62,7 @@ def record_reads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.mark.slow
 def test_no_field_is_unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train a small run, and compare the fields that are read with those that exist."""
+    """Train small runs, and compare the fields that are read with those that exist."""
     changes = TINY | {"train.epochs": 0.004, "eval.every_epochs": 0.001, "data.validation_split": "1/20"}
     changes |= {"optim.learning_rate": 1e-9, "optim.plateau.patience": 1}  # decays on plateau
     changes |= {
@@ -75,6 +75,8 @@ def test_no_field_is_unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with_adamw = base.get_config("embedded", {"optim.name": "adamw"})
     read = record_reads(monkeypatch)
     runner.run_study(study, tmp_path / "study")
+    study.data.update(resident_bytes=0, host_bytes=0)  # streams its images
+    runner.run_study(study, tmp_path / "streamed")
     optim.make_optimizer(with_adamw.optim, with_adamw.model.layers, 1.0, 1)
     monkeypatch.undo()
     fields = {key for key in config_lib.flatten(study) if not key.startswith("arms.")} | {"seed", "arms"}
