@@ -93,6 +93,7 @@ sys.exit("no such kernel" if name == "failing" else 0)
 def test_jobs_are_named_by_their_first_words() -> None:
     measure = load("measure")
     assert [job.name for job in measure.select(["step paper"])] == ["step paper 128", "step paper 512"]
+    assert [job.name for job in measure.select(["step small", "kernels pool"])] == ["step small 128", "kernels pool"]
     assert len(measure.select([])) == len(measure.JOBS) == len({job.name for job in measure.JOBS})
     assert all(job.limit < 240 for job in measure.JOBS)
     with pytest.raises(SystemExit, match="JOB=ste: must be one of"):

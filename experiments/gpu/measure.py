@@ -180,16 +180,20 @@ def stop_group(process: subprocess.Popen) -> None:
 
 
 def select(names: list[str]) -> list[Job]:
-    """Return the jobs with these names, or whose names begin with them; all of them without a name."""
-    for name in names:
-        if not any(matches(job, name) for job in JOBS):
-            sys.exit(f"measure.py: JOB={name}: must be one of {', '.join(job.name for job in JOBS)}, or how they begin")
-    return [job for job in JOBS if not names or any(matches(job, name) for name in names)]
+    """Return the jobs with these names, or whose names begin with them, in this order; all of them without a name."""
+    chosen: dict[str, Job] = {}
+    for name in names or [""]:
+        jobs = {job.name: job for job in JOBS if matches(job, name)}
+        if not jobs:
+            known = ", ".join(job.name for job in JOBS)
+            sys.exit(f"measure.py: JOB={name}: must be one of {known}, or how they begin")
+        chosen |= jobs  # those that are there keep their places
+    return list(chosen.values())
 
 
 def matches(job: Job, name: str) -> bool:
     """Return whether a job has this name, or one that begins with its words."""
-    return f"{job.name} ".startswith(f"{name} ")
+    return not name or f"{job.name} ".startswith(f"{name} ")
 
 
 def main() -> None:

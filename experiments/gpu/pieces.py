@@ -137,6 +137,8 @@ class Child:
     def receive(self) -> dict[str, Any]:
         """Return the answer to the oldest unanswered line; raise RuntimeError if it is an error."""
         line = self._process.stdout.readline()
+        while line and not line.startswith("{"):  # a library prints something while it is imported
+            line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"process ended with exit status {self._process.wait()}")
         answer = json.loads(line)
@@ -184,7 +186,7 @@ def configure(context: Context, network: str, batch: int, precision: str) -> Con
     config.train.executor = "vmap"
     config.model.dtype = "bfloat16" if precision == "bfloat16" else "float32"
     if "matmul_precision" in config.train:
-        config.train.matmul_precision = "float32" if precision == "float32" else "tensorfloat32"
+        config.train.matmul_precision = "tensorfloat32" if precision == "bfloat16" else precision
     return config
 
 
@@ -433,7 +435,7 @@ def compare_convolutions(context: Context, batch: int, side: int) -> None:
     """Time the convolutions of two towers: name, side, kernel, stride, padding, input channels, features of a tower."""
     shapes = [("conv2", 27, 5, 1, 2, 48, 128), ("conv4", 13, 3, 1, 1, 192, 192), ("conv1", 224, 11, 4, 0, 3, 48)]
     for name, size, width, stride, border, channels, features in shapes:
-        for precision in ("tensorfloat32", "bfloat16"):
+        for precision in ("tensorfloat32", "bfloat16", "default"):
             dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
             keys = jax.random.split(jax.random.key(0))
             images = jax.random.normal(keys[0], (2, batch, side or size, side or size, channels)).astype(dtype)
@@ -447,6 +449,8 @@ def compare_convolutions(context: Context, batch: int, side: int) -> None:
             }
             if name == "conv1":
                 del forms["patches"]  # 363 times as many values as the image
+            if precision == "default":
+                forms = {"ours": forms["ours"]}
             compare_forms(context, f"conv {name}, 2 towers", forms, (images, kernel), precision, batch)
 
 
@@ -525,9 +529,10 @@ def variants(context: Context, network: str, precision: str) -> None:
             built[name] = our_step(context, config, network)
             context.results.add(f"until the first step is done: {name}", built[name].first, "s", **labels)
             context.results.add(f"step, alone: {name}", 1000 * built[name].seconds(), "ms", **labels)
-    if precision == "tensorfloat32":
-        with context.attempt("step: float32 products", **labels):
-            built["float32 products"] = our_step(context, configure(context, network, 128, "float32"), network)
+    # XLA's Triton kernels compute in TF32 with "default" only, cuBLAS with "tensorfloat32", too.
+    for other in ("default", "float32") if precision == "tensorfloat32" else ():
+        with context.attempt(f"step: {other} precision", **labels):
+            built[f"{other} precision"] = our_step(context, configure(context, network, 128, other), network)
     seconds = interleaved(context, {name: steps.seconds for name, steps in built.items()})
     report_steps(context, seconds, config, "ours", **labels)
 
@@ -900,9 +905,9 @@ def run_command(*arguments: str, **environment: str) -> float:
     """Return the seconds that `python -m alexnet_jax.main` takes; raise RuntimeError if it fails."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "alexnet_jax.main", *arguments]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+    environment = os.environ | environment
+    environment.pop("XLA_PYTHON_CLIENT_PREALLOCATE", None)  # nothing else uses the card
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()
         print(*lines[-20:], sep="\n", file=sys.stderr)
