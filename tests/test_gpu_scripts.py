@@ -9,23 +9,28 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+import numpy as np
 import pandas as pd
 import pytest
 
+from alexnet_jax import layers
 from alexnet_jax.config import load_study
 from alexnet_jax.run_dir import complete_lines
 from alexnet_jax.studies import runner
-from support import REPOSITORY, TINY
+from support import REPOSITORY, TINY, assert_close
 
 SCRIPTS = REPOSITORY / "experiments" / "gpu"
 
 
 def load(name: str) -> ModuleType:
-    """Import a script that needs no JAX."""
+    """Import a script."""
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -135,6 +140,38 @@ def test_archives_have_all_results_and_unfinished_checkpoints_alone(
     study_queue.unpack(archive, tmp_path / "new")
     for name in itertools.chain(*expected):
         assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "runs" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", load("alternatives").LRN)
+def test_alternative_forms_of_lrn_equal_ours(name: str) -> None:
+    x, cotangent = np.random.default_rng(0).normal(0, 3, (2, 2, 3, 3, 7)).astype(np.float32)
+    constants = {"n": 5, "k": 2.0, "alpha": 0.5, "beta": 0.75}
+    alternatives = load("alternatives")
+    assert_equal_forms(partial(alternatives.LRN[name], **constants), partial(layers.lrn, **constants), cotangent, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "kernel", "stride", "padding"), [(15, 11, 4, (0, 3)), (7, 5, 1, (2, 2))])
+def test_alternative_convolutions_of_towers_equal_ours(
+    size: int, kernel: int, stride: int, padding: tuple[int, int]
+) -> None:
+    generator, alternatives = np.random.default_rng(0), load("alternatives")
+    images = generator.normal(size=(2, 3, size, size, 4)).astype(np.float32)
+    kernels = generator.normal(size=(2, kernel, kernel, 4, 5)).astype(np.float32)
+    options: dict[str, Any] = {"strides": (stride, stride), "padding": (padding, padding)}
+    ours = jax.vmap(partial(layers.conv, **options))
+    cotangent = generator.normal(size=ours(images, kernels).shape).astype(np.float32)
+    forms = [jax.vmap(partial(getattr(alternatives, name), **options)) for name in ("conv", "conv_by_patches")]
+    for form in (*forms, partial(alternatives.conv_joined, **options)):
+        assert_equal_forms(form, ours, cotangent, images, kernels)
+
+
+def assert_equal_forms(form: Callable, ours: Callable, cotangent: np.ndarray, *arguments: np.ndarray) -> None:
+    """Assert that value and gradients agree."""
+    pairs = [jax.vjp(function, *arguments) for function in (form, ours)]
+    actual, expected = ((value, *backward(cotangent)) for value, backward in pairs)
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other, 1e-5)
 
 
 def test_study_is_stopped_at_the_deadline() -> None:

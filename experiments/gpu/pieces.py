@@ -596,7 +596,7 @@ def step(context: Context, network: str, batch_size: str) -> None:
     for precision in names:
         labels = {"network": network, "batch": batch, "dtype": precision}
         with context.attempt("memory of the program", **labels):
-            report_memory(context, configure(context, network, batch, precision), network, **labels)
+            report_memory(context, configure(context, network, batch, precision), **labels)
 
 
 def peak_bytes() -> int:
@@ -604,9 +604,9 @@ def peak_bytes() -> int:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
-def report_memory(context: Context, config: ConfigDict, network: str, **labels: Any) -> None:
+def report_memory(context: Context, config: ConfigDict, **labels: Any) -> None:
     """Record the memory of the compiled step: arguments, results that do not reuse them, and temporary memory."""
-    setup, statistics = our_setup(config, network)
+    setup, statistics = our_setup(config, labels["network"])
     examples = random_examples(config, setup.dataset.classes, config.train.batch_size)
     arguments = (train.init_state(setup), examples, statistics, np.uint32(0), np.int32(1), np.int32(0))
     memory = train.make_train_step(setup).lower(*arguments).compile().memory_analysis()
