@@ -174,10 +174,10 @@ def assert_equal_forms(form: Callable, ours: Callable, cotangent: np.ndarray, *a
         assert_close(one, other, 1e-5)
 
 
-def test_study_is_stopped_at_the_deadline() -> None:
+def test_study_is_stopped_at_the_deadline(tmp_path: Path) -> None:
     study_queue = load("study_queue")
-    began = time.monotonic()
-    assert study_queue.run_study(["--config=configs/base.py:embedded"], began + 0.5, grace=30) is None
+    began, arguments = time.monotonic(), ["--config=configs/base.py:embedded", f"--workdir={tmp_path}"]
+    assert study_queue.run_study(arguments, began + 0.5, grace=30) is None
     assert time.monotonic() - began < 10
 
 

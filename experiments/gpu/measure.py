@@ -143,7 +143,7 @@ def version(package: str) -> str:
 def machine(commit: str) -> tuple[str, ...]:
     """Return the fields `MACHINE`; card and driver as nvidia-smi names them, "cpu" and "" without one."""
     card, _, driver = output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition(",")
-    commit = commit or output_of("git", "describe", "--always", "--dirty", "--exclude=*")
+    commit = commit or output_of("git", "rev-parse", "--short", "HEAD")
     return card.strip() or "cpu", driver.strip(), version("jax"), version("torch"), commit
 
 
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after this time; default: never")
     parser.add_argument("--again", action="store_true", help="do not skip finished jobs")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script on a CPU; needs --output")
-    parser.add_argument("--commit", default="", help="where the script runs outside a git repository")
+    parser.add_argument("--commit", default="", help="of the code; default: git's")
     parser.add_argument("--data_dir", default="", help="folder of prepared datasets, for the jobs run and photos")
     parser.add_argument("--list", action="store_true", help="print the jobs and their time limits in seconds")
     options = parser.parse_args()
@@ -216,6 +216,8 @@ def main() -> None:
         parser.error("--tiny: must have an --output of its own, because its numbers mean nothing")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     fields = machine(options.commit)
+    if not fields[-1]:
+        parser.error("--commit: must be given outside a git repository; results of the same code have the same")
     deadline = time.monotonic() + 60 * options.minutes
     finished = set() if options.again else Results(options.output, fields, "").finished()
     arguments = [

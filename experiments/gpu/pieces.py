@@ -49,6 +49,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 baselines.NETWORKS |= {"one_weird_trick": "networks.one_weird_trick", "torchvision": "networks.torchvision"}
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")  # the last: `model.dtype`; the others: `train.matmul_precision`
 STEPS_PER_DISPATCH = 25
+SEVERAL, NONDETERMINISTIC = f"ours, {STEPS_PER_DISPATCH} a dispatch", "ours, nondeterministic operations allowed"
 SEEDS = (1, 4, 10, 20)
 _SETUPS = itertools.count(1)
 SMALL = ("small", "cifar", "embedded")  # networks of CIFAR-10's size, whose training images fit on the card
@@ -514,7 +515,7 @@ def variants(context: Context, network: str, precision: str) -> None:
 
     changes: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
         "ours": contextlib.nullcontext,
-        "nondeterministic operations allowed": nondeterministic,
+        NONDETERMINISTIC: nondeterministic,
         "pooling by select_and_scatter, nondeterministic": plain_pooling,
         "grouped convolutions": lambda: layers.kernels(*without["conv"]),
     }
@@ -539,64 +540,74 @@ def variants(context: Context, network: str, precision: str) -> None:
 
 def step(context: Context, network: str, batch_size: str) -> None:
     """Time our training step and PyTorch's, interleaved, and their memory; and a matrix product, as the ceiling."""
-    is_small = network in SMALL
+    peer = Child(context, "pytorch", network, batch_size)  # it imports PyTorch meanwhile
     batch = 4 if context.tiny else int(batch_size)
-    modes = ("eager", "compile", "graphs") if is_small else ("eager", "compile")
-    names = ("tensorfloat32", "bfloat16")
-    peer = Child(context, "pytorch", network, batch_size)  # imports PyTorch meanwhile
-    seconds: dict[tuple[str, str], Callable[[], float]] = {}
-    flop = flop_per_image(configure(context, network, batch, "tensorfloat32"), network)
+    config = configure(context, network, batch, "tensorfloat32")
+    flop = flop_per_image(config, network)
     context.results.add("training step, FLOPs of one image", flop, "FLOP", network=network)
+    precisions, contestants = ("tensorfloat32", "bfloat16"), {}
     try:
-        for precision in names:
-            config = configure(context, network, batch, precision)
-            labels: dict[str, Any] = {"network": network, "batch": batch, "dtype": precision}
-            for name, per_dispatch in {
-                "ours": 0,
-                **({"ours, 25 a dispatch": STEPS_PER_DISPATCH} if is_small else {}),
-            }.items():
-                with context.attempt(f"step: {name}", **labels):
-                    steps = our_step(context, config, network, per_dispatch=per_dispatch)
-                    seconds[name, precision] = steps.seconds
-                    context.results.add(f"until the first step is done: {name}", steps.first, "s", **labels)
-                    context.results.add(f"step, alone: {name}", 1000 * steps.seconds(), "ms", **labels)
-                    if len(seconds) == 1 and peak_bytes():  # later ones would include the first
-                        note = "of the process, with XLA's search for algorithms"
-                        context.results.add(f"peak memory: {name}", peak_bytes() / 1e6, "MB", note=note, **labels)
-        if is_small:
-            allowed, name = mock.patch.dict(parallel.GPU_COMPILER_OPTIONS, clear=True), "ours, nondeterministic"
-            with context.attempt(f"step: {name}", network=network), allowed:
-                config = configure(context, network, batch, names[0])
-                seconds[name, names[0]] = our_step(context, config, network).seconds
-        for precision in names:
-            for mode in modes:
-                labels = {"network": network, "batch": batch, "dtype": precision}
-                with context.attempt(f"step: pytorch {mode}", **labels):
-                    answer = peer.ask(f"build {precision}:{mode}")
-                    context.results.add(f"until the first step is done: pytorch {mode}", answer["first"], "s", **labels)
-                    context.results.add(f"peak memory: pytorch {mode}", answer["bytes"] / 1e6, "MB", **labels)
-                    key = f"run {precision}:{mode}"
-                    seconds[f"pytorch {mode}", precision] = lambda key=key: peer.ask(key)["seconds"]
+        for precision in precisions:
+            for name, seconds in our_contestants(context, network, batch, precision).items():
+                contestants[name, precision] = seconds
+        for precision in precisions:
+            for name, seconds in pytorch_contestants(context, peer, network, batch, precision).items():
+                contestants[name, precision] = seconds
             with context.attempt("matmul", dtype=precision):
                 product, product_flop = matmul(context, precision)
-                seconds["matmul", precision] = product.seconds
-        measured = interleaved(context, seconds)
+                contestants["matmul", precision] = product.seconds
+        measured = interleaved(context, contestants)
     finally:
         peer.close()
-    for precision in names:
+    for precision in precisions:
         of_precision = {name: values for (name, dtype), values in measured.items() if dtype == precision}
         labels = {"network": network, "batch": batch, "dtype": precision}
         products = of_precision.pop("matmul", None)
-        report_steps(context, of_precision, config, "ours, 25 a dispatch" if is_small else "ours", **labels)
+        report_steps(context, of_precision, config, SEVERAL if network in SMALL else "ours", **labels)
         if products and "ours" in of_precision:
-            rate = [product_flop / value for value in products]
-            context.results.samples("matmul", [value / 1e12 for value in rate], "TFLOP/s", dtype=precision)
-            shares = [flop * batch / ours / best for ours, best in zip(of_precision["ours"], rate, strict=True)]
+            rates = [product_flop / value for value in products]
+            context.results.samples("matmul", [rate / 1e12 for rate in rates], "TFLOP/s", dtype=precision)
+            shares = [flop * batch / ours / rate for ours, rate in zip(of_precision["ours"], rates, strict=True)]
             context.results.samples("step: ours, share of the rate of matmul", shares, "ratio", **labels)
-    for precision in names:
-        labels = {"network": network, "batch": batch, "dtype": precision}
         with context.attempt("memory of the program", **labels):
             report_memory(context, configure(context, network, batch, precision), **labels)
+
+
+def our_contestants(context: Context, network: str, batch: int, precision: str) -> dict[str, Callable[[], float]]:
+    """Return our training steps, compiled: as it is, several a dispatch for small networks, and nondeterministic."""
+    labels: dict[str, Any] = {"network": network, "batch": batch, "dtype": precision}
+    config, built = configure(context, network, batch, precision), {}
+    for name in ("ours", SEVERAL, NONDETERMINISTIC):
+        if (name == SEVERAL and network not in SMALL) or (name == NONDETERMINISTIC and precision == "bfloat16"):
+            continue
+        options = {} if name == NONDETERMINISTIC else parallel.GPU_COMPILER_OPTIONS.copy()
+        changed = mock.patch.dict(parallel.GPU_COMPILER_OPTIONS, options, clear=True)
+        with context.attempt(f"step: {name}", **labels), changed:
+            steps = our_step(context, config, network, per_dispatch=STEPS_PER_DISPATCH if name == SEVERAL else 0)
+            built[name] = steps.seconds
+            context.results.add(f"until the first step is done: {name}", steps.first, "s", **labels)
+            context.results.add(f"step, alone: {name}", 1000 * steps.seconds(), "ms", **labels)
+            if len(built) == 1 and precision == "tensorfloat32" and peak_bytes():  # later ones would include the first
+                note = "of the process, with XLA's search for algorithms"
+                context.results.add(f"peak memory: {name}", peak_bytes() / 1e6, "MB", note=note, **labels)
+    return built
+
+
+def pytorch_contestants(
+    context: Context, peer: Child, network: str, batch: int, precision: str
+) -> dict[str, Callable[[], float]]:
+    """Return PyTorch's training steps, compiled in another process; with CUDA graphs, too, for small networks."""
+    labels: dict[str, Any] = {"network": network, "batch": batch, "dtype": precision}
+    built: dict[str, Callable[[], float]] = {}
+    for mode in ("eager", "compile", *(["graphs"] if network in SMALL else [])):
+        name, key = f"pytorch {mode}", f"{precision}:{mode}"
+        with context.attempt(f"step: {name}", **labels):
+            answer = peer.ask(f"build {key}")
+            context.results.add(f"until the first step is done: {name}", answer["first"], "s", **labels)
+            context.results.add(f"peak memory: {name}", answer["bytes"] / 1e6, "MB", **labels)
+            built[name] = lambda key=key: peer.ask(f"run {key}")["seconds"]
+            context.results.add(f"step, alone: {name}", 1000 * built[name](), "ms", **labels)
+    return built
 
 
 def peak_bytes() -> int:
