@@ -540,7 +540,9 @@ def variants(context: Context, network: str, precision: str) -> None:
 
 def step(context: Context, network: str, batch_size: str) -> None:
     """Time our training step and PyTorch's, interleaved, and their memory; and a matrix product, as the ceiling."""
-    peer = Child(context, "pytorch", network, batch_size)  # it imports PyTorch meanwhile
+    # A shared cache may hold incomplete files of a process that was killed at its time limit.
+    cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    peer = Child(context, "pytorch", network, batch_size, TORCHINDUCTOR_CACHE_DIR=cache.name)
     batch = 4 if context.tiny else int(batch_size)
     config = configure(context, network, batch, "tensorfloat32")
     flop = flop_per_image(config, network)
@@ -559,6 +561,7 @@ def step(context: Context, network: str, batch_size: str) -> None:
         measured = interleaved(context, contestants)
     finally:
         peer.close()
+        cache.cleanup()
     for precision in precisions:
         of_precision = {name: values for (name, dtype), values in measured.items() if dtype == precision}
         labels = {"network": network, "batch": batch, "dtype": precision}
