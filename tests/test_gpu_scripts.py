@@ -145,9 +145,9 @@ def test_archives_have_all_results_and_unfinished_checkpoints_alone(
 @pytest.mark.parametrize("name", load("alternatives").LRN)
 def test_alternative_forms_of_lrn_equal_ours(name: str) -> None:
     x, cotangent = np.random.default_rng(0).normal(0, 3, (2, 2, 3, 3, 7)).astype(np.float32)
-    constants = {"n": 5, "k": 2.0, "alpha": 0.5, "beta": 0.75}
-    alternatives = load("alternatives")
-    assert_equal_forms(partial(alternatives.LRN[name], **constants), partial(layers.lrn, **constants), cotangent, x)
+    constants: dict[str, Any] = {"n": 5, "k": 2.0, "alpha": 0.5, "beta": 0.75}
+    form, ours = partial(load("alternatives").LRN[name], **constants), partial(layers.lrn, **constants)
+    assert_close_leaves(value_and_gradients(form, cotangent, x), value_and_gradients(ours, cotangent, x))
 
 
 @pytest.mark.slow
@@ -159,17 +159,27 @@ def test_alternative_convolutions_of_towers_equal_ours(
     images = generator.normal(size=(2, 3, size, size, 4)).astype(np.float32)
     kernels = generator.normal(size=(2, kernel, kernel, 4, 5)).astype(np.float32)
     options: dict[str, Any] = {"strides": (stride, stride), "padding": (padding, padding)}
-    ours = jax.vmap(partial(layers.conv, **options))
-    cotangent = generator.normal(size=ours(images, kernels).shape).astype(np.float32)
+    side = (size + sum(padding) - kernel) // stride + 1
+    arguments = (generator.normal(size=(2, 3, side, side, 5)).astype(np.float32), images, kernels)
+    expected = value_and_gradients(jax.vmap(partial(layers.conv, **options)), *arguments)
     forms = [jax.vmap(partial(getattr(alternatives, name), **options)) for name in ("conv", "conv_by_patches")]
     for form in (*forms, partial(alternatives.conv_joined, **options)):
-        assert_equal_forms(form, ours, cotangent, images, kernels)
+        assert_close_leaves(value_and_gradients(form, *arguments), expected)
 
 
-def assert_equal_forms(form: Callable, ours: Callable, cotangent: np.ndarray, *arguments: np.ndarray) -> None:
-    """Assert that value and gradients agree."""
-    pairs = [jax.vjp(function, *arguments) for function in (form, ours)]
-    actual, expected = ((value, *backward(cotangent)) for value, backward in pairs)
+def value_and_gradients(function: Callable, cotangent: np.ndarray, *arguments: np.ndarray) -> tuple[jax.Array, ...]:
+    """Return a function's value, and the gradients of all arguments for a cotangent."""
+
+    @jax.jit
+    def both(cotangent: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, ...]:
+        value, backward = jax.vjp(function, *arguments)
+        return value, *backward(cotangent)
+
+    return both(cotangent, *arguments)
+
+
+def assert_close_leaves(actual: tuple[jax.Array, ...], expected: tuple[jax.Array, ...]) -> None:
+    """Assert that value and gradients agree within rounding."""
     for one, other in zip(actual, expected, strict=True):
         assert_close(one, other, 1e-5)
 
