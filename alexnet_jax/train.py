@@ -208,6 +208,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
             state, progress = restored[0], Progress.from_json(restored[1])
         with MetricWriter(run, start=progress.step, stop=steps) as writer:
             _log_start(writer, setup, progress.step)
+            for damaged in checkpoints.damaged:
+                writer.log(damaged)
             timer = Timer(progress)
             batches = train_batches(setup.dataset.train, config, seed=config.seed, start=progress.step, stop=steps)
             batches = profiled(timer.waiting(batches), config.train.profile, run.path)
@@ -237,12 +239,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                         if "validation" in outcomes:
                             error = scores["validation/top1_error"]
                             progress.plateau = progress.plateau.after(error, config.optim.plateau)
-                        writer.image(step, f"{config.model.order[0]}/filters", figures.filter_grid(filters))
+                        writer.image(step, f"{config.model.order[0]}/filters", figures.filter_grid, filters)
                         if last:
                             _write_artifacts(run, writer, setup, outcomes["eval"], filters)
                 if last or step % config.train.checkpoint_every == 0 or stop.is_set():
                     with timer.paused(state):
                         _mean_metrics(state, step)  # a network that has diverged is not saved
+                        writer.flush()
                         checkpoints.save(step, state, dataclasses.asdict(progress))
                 if stop.is_set() and not last:
                     raise KeyboardInterrupt(f"{run.path}: stopped at step {step} of {steps}; a checkpoint is saved")
@@ -293,8 +296,8 @@ def _log_start(writer: MetricWriter, setup: Setup, step: int) -> None:
 def _write_artifacts(run: RunDir, writer: MetricWriter, setup: Setup, outcomes: Outcomes, filters: np.ndarray) -> None:
     """Write what the report shows of a trained network: its filters, errors by class, and most confident errors."""
     dataset = setup.dataset
-    errors = figures.confident_errors(outcomes, dataset, setup.config.data.image_size)
-    writer.image(setup.steps, "eval/most_confident_errors", errors)
+    size = setup.config.data.image_size
+    writer.image(setup.steps, "eval/most_confident_errors", figures.confident_errors, outcomes, dataset, size)
     with atomic_write(run.filters_file) as temporary, temporary.open("wb") as file:
         np.save(file, filters)
     images = np.bincount(outcomes.labels, minlength=dataset.classes)
