@@ -1,5 +1,6 @@
 """A study: every arm with every seed, each a run in a folder of its own; several machines may share the study's."""
 
+import contextlib
 import math
 import re
 import time
@@ -12,13 +13,12 @@ from typing import Any
 import filelock
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
-from alexnet_jax import train
+from alexnet_jax import terminal, train
 from alexnet_jax.config import as_json, flatten, run_config
 from alexnet_jax.metrics import write_layout
-from alexnet_jax.run_dir import RunDir, StudyDir, write_json
+from alexnet_jax.run_dir import DamagedFileError, RunDir, StudyDir, write_json
 from alexnet_jax.studies import report
 from alexnet_jax.studies.analysis import first_at_target
 from alexnet_jax.tools import summary
@@ -163,7 +163,7 @@ def print_plan(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> No
         size = summary.sizes(run.config, setup.dataset.classes, setup.dataset.channels)
         numbers = (f"{size['parameters']:,}", f"{size['multiply_adds']:,}", f"{setup.steps:,}")
         table.add_row(run.name, run.folder.status, *numbers)
-    Console(width=max(Console().width, 100)).print(table)
+    terminal.console(width=100).print(table)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -200,7 +200,8 @@ def _changes(study: ConfigDict, arm: str, chosen: dict[str, Any] | None = None) 
 def _check_folders(runs: list[Run]) -> None:
     """Check that no run's folder holds a run of another config."""
     for run in runs:
-        run.folder.check(as_json(run.config))
+        with contextlib.suppress(DamagedFileError):  # that run fails, when its turn comes, and no other
+            run.folder.check(as_json(run.config))
 
 
 def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
@@ -248,7 +249,11 @@ def _run_or_record_failure(run: Run) -> bool:
     try:
         train.train_and_evaluate(run.config, run.folder.path, run.labels)
     except Exception as error:  # whatever it is, the other runs continue
-        write_json(run.folder.failure_file, {"error": str(error), "traceback": traceback.format_exc()})
+        failure = {"error": str(error), "traceback": traceback.format_exc()}
         print(f"{run.name} failed: {error}", flush=True)
+        try:
+            write_json(run.folder.failure_file, failure)
+        except OSError as unwritten:
+            print(f"{run.name}: {unwritten}", flush=True)
         return False
     return True
