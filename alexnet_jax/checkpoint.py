@@ -124,7 +124,8 @@ class Checkpoints:
             for path in folder.rglob("*"):
                 if path.is_file():
                     path.read_bytes()  # raises OSError where the disk is at fault, and not what is in the file
-            raise DamagedFileError(f"{folder}: is damaged ({error})") from error
+            reason = str(error).partition(" [tensorstore_spec")[0]  # which has pages
+            raise DamagedFileError(f"{folder}: is damaged ({reason})") from error
         if wrong:
             raise DamagedFileError(f"{folder}: is damaged, first in {wrong[0]}")
         return state, progress

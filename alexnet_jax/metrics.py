@@ -21,7 +21,7 @@ from rich.progress import Progress as ProgressBar
 from alexnet_jax.data.loader import Batch
 from alexnet_jax.events import EVENTS, EventFile, PatientFile, read_events
 from alexnet_jax.optim import Plateau
-from alexnet_jax.run_dir import RunDir, write_text
+from alexnet_jax.run_dir import DamagedFileError, RunDir, write_text
 
 with epy.lazy_imports():  # it imports PyTorch where that is installed, which takes seconds
     import tensorboardX
@@ -78,11 +78,14 @@ class MetricWriter:
     be written neither stops nor delays the run: it is said once, and written later if that is possible.
     """
 
-    def __init__(self, run: RunDir, *, start: int, stop: int):
+    def __init__(self, run: RunDir, *, start: int, stop: int, expected: dict[str, float] | None = None):
         """Open the records of a run.
 
+        Args:
+          expected: the last value of each metric by step `start`, as the checkpoint has them; None: not known.
+
         Raises:
-          DamagedFileError: a record of metrics.jsonl cannot be read.
+          DamagedFileError: a record of metrics.jsonl cannot be read, or the last ones are missing.
         """
         self._stop = stop
         self._first: tuple[int, float] | None = None  # first step and its time: before it, XLA compiles
@@ -94,6 +97,13 @@ class MetricWriter:
         self._task = self._bar.add_task(self._name, total=stop, completed=start, loss="", speed="")
         self._log = PatientFile(run.log_file, self._print)
         kept = [line for line in run.metrics() if line["step"] <= start]
+        last = {name: value for line in kept for name, value in line.items()}
+        for name, value in (expected or {}).items():
+            if str(last.get(name)) != str(value):  # NaN, too, is itself
+                raise DamagedFileError(
+                    f"{run.metrics_file}: must have {name}={value} up to step {start}, as the checkpoint says; delete "
+                    "the run's folder to train it again"
+                )
         write_text(run.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = PatientFile(run.metrics_file, self.log)
         former_events = sorted(run.path.glob(f"{EVENTS}.*"))

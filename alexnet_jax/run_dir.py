@@ -180,7 +180,7 @@ class RunDir:
         """The state of the run: "finished", "failed", "unfinished", "not started", or "damaged", without numbers."""
         try:
             if self.result is not None:
-                self.metrics()
+                self.check_metrics()
                 return "finished"
         except (DamagedFileError, OSError):
             return "damaged"
@@ -211,6 +211,16 @@ class RunDir:
             for number, line in enumerate(complete_lines(self.metrics_file), 1)
         ]
 
+    def check_metrics(self) -> None:
+        """Check that the logged metrics are there, to the end of a finished run; raise DamagedFileError if not."""
+        metrics = self.metrics()
+        steps = self.result["steps"] if self.result is not None else None
+        if steps is not None and (not metrics or metrics[-1]["step"] != steps):
+            raise DamagedFileError(
+                f"{self.metrics_file}: must end with step {steps}, as {self.result_file.name} does; delete the run's "
+                "folder to train it again"
+            )
+
     def read_environment(self) -> dict[str, Any] | None:
         """Return what the run's numbers depend on besides its config, or None before the start of a run."""
         return read_json(self.environment_file)
@@ -229,10 +239,9 @@ class RunDir:
             RunDir.read_config,
             RunDir.read_dataset,
             RunDir.read_environment,
-            RunDir.metrics,
+            RunDir.check_metrics,
             RunDir.read_filters,
             RunDir.read_by_class,
-            lambda run: run.result,
             RunDir.read_failure,
         ):
             try:

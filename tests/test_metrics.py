@@ -129,6 +129,17 @@ def test_damaged_line_of_the_metrics_is_named(tmp_path: Path) -> None:
         record(run, start=3)
 
 
+def test_metrics_that_lack_what_the_checkpoint_says_are_refused(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    record(run, 1, 2).write(2, {"eval/loss": math.nan})
+    expected = {"epoch": 0.2, "train/loss": 0.2, "eval/loss": math.nan}
+    MetricWriter(run, start=2, stop=4, expected=expected)
+    lines = run.metrics_file.read_text().splitlines(keepends=True)
+    run.metrics_file.write_text("".join(lines[:-1]))
+    with pytest.raises(DamagedFileError, match=r"metrics.jsonl: must have eval/loss=nan up to step 2, as the checkpoi"):
+        MetricWriter(run, start=2, stop=4, expected=expected)
+
+
 def test_image_that_cannot_be_drawn_is_logged(tmp_path: Path) -> None:
     def draw(text: str) -> np.ndarray:
         raise ValueError(text)

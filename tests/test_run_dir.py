@@ -117,6 +117,8 @@ def test_status_follows_from_the_files(tmp_path: Path) -> None:
     write_json(run.failure_file, {"error": "disk full"})
     assert run.status == "failed"
     write_json(run.result_file, {"steps": 12})
+    assert run.status == "damaged"
+    write_text(run.metrics_file, '{"step": 12}\n')
     assert (run.status, run.result) == ("finished", {"steps": 12})
 
 
@@ -245,6 +247,14 @@ def test_damaged_file_is_named(complete: RunDir, file: str, without_numbers: boo
     assert damage.startswith(str(complete.path / file))
     assert "must be " in damage
     assert complete.status == ("damaged" if without_numbers else "finished")
+
+
+def test_metrics_that_end_early_are_named(complete: RunDir) -> None:
+    first, _ = complete.metrics_file.read_text().splitlines(keepends=True)
+    complete.metrics_file.write_text(first)
+    assert complete.status == "damaged"
+    (damage,) = complete.damages()
+    assert damage.startswith(f"{complete.metrics_file}: must end with step 2, as result.json does")
 
 
 def test_file_that_cannot_be_read_is_named(complete: RunDir) -> None:

@@ -71,7 +71,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
         write_text(folder.metrics_file, "".join(json.dumps(record) + "\n" for record in records))
         error = distance + 0.1 * (config.seed == 1001)
         validation = {"validation/top1_error": error, "validation/loss": 1.0} if config.data.validation_split else {}
-        result = {"eval/top1_error": 1 - error, "eval/top5_error": 0.0, "steps": 1, "epochs": config.train.epochs}
+        result = {
+            "eval/top1_error": 1 - error,
+            "eval/top5_error": 0.0,
+            "steps": len(records),
+            "epochs": config.train.epochs,
+        }
         write_json(folder.result_file, result | validation)
 
     monkeypatch.setattr(runner.train, "train_and_evaluate", train_and_evaluate)
@@ -184,7 +189,7 @@ def test_arm_can_be_tuned_on_epochs_to_25(trained: list[tuple[str, Path]], tmp_p
     assert final is not None
     assert final.optim.learning_rate == 0.015
 
-    StudyDir(tmp_path).trial("relu", "optim.learning_rate", 0.015, 1001).metrics_file.write_text("")
+    StudyDir(tmp_path).trial("relu", "optim.learning_rate", 0.015, 1001).metrics_file.write_text('{"step": 2}\n')
     relu = runner.choices(config, tmp_path)["relu"]
     assert relu == {
         "chosen": 0.01,
@@ -205,6 +210,7 @@ def test_arm_chooses_only_after_its_last_trial(trained: list[tuple[str, Path]], 
     config = tuned_study(0.001, 0.01)
     first, second = runner.trials(config, tmp_path, ["relu"])
     write_json(first.folder.result_file, {"steps": 2, "validation/top1_error": 0.5})
+    write_text(first.folder.metrics_file, '{"step": 2}\n')
     assert runner.choices(config, tmp_path) == {}
     write_json(second.folder.failure_file, {"error": "", "traceback": ""})
     assert runner.choices(config, tmp_path)["relu"]["chosen"] == 0.001
@@ -285,7 +291,9 @@ def test_trials_of_another_process_are_waited_for(
 @pytest.mark.slow
 def test_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuning = {"tuning.key": "optim.learning_rate", "tuning.choices": (0.5,), "tuning.epochs": 0.002}
-    write_json(tmp_path / "no_lrn" / "seed_0" / "result.json", {"steps": 4})
+    finished = StudyDir(tmp_path).run("no_lrn", 0)
+    write_json(finished.result_file, {"steps": 4})
+    write_text(finished.metrics_file, '{"step": 4}\n')
     before, paths = files(tmp_path), set(tmp_path.rglob("*"))
     runner.print_plan(tiny_study(**tuning), tmp_path, ["lrn", "no_lrn"])
     printed = capsys.readouterr().out
