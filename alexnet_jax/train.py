@@ -206,7 +206,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
         state, progress = executor.place(init_state(setup)), Progress()
         if restored := checkpoints.restore(state):
             state, progress = restored[0], Progress.from_json(restored[1])
-        with MetricWriter(run, start=progress.step, stop=steps) as writer:
+        with MetricWriter(run, start=progress.step, stop=steps, expected=progress.metrics) as writer:
             _log_start(writer, setup, progress.step)
             for damaged in checkpoints.damaged:
                 writer.log(damaged)
