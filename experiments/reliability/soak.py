@@ -463,8 +463,9 @@ SCENARIOS: dict[str, tuple[Callable[[Path, argparse.Namespace], Scenario], int]]
 
 def append_row(file: Path, scenario: str, tried: int, passed: int) -> None:
     """Append what a scenario has shown to a table."""
-    values = environment()
-    commit = values["commit"][:12] + (" and changes" if values["uncommitted_changes"] else "")
+    status = ["git", "status", "--porcelain", "--", ".", ":!experiments/reliability/results.csv"]
+    changed = subprocess.run(status, cwd=REPOSITORY, capture_output=True, check=False).stdout
+    commit = environment()["commit"][:12] + (" and changes" if changed else "")
     command = shlex.join(["python", "experiments/reliability/soak.py", *sys.argv[1:]])
     new = not file.exists()
     with file.open("a", newline="") as table:
