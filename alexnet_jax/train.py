@@ -280,8 +280,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
         state, progress = executor.place(init_state(setup)), Progress()
         if restored := checkpoints.restore(state):
             state, progress = restored[0], Progress.from_json(restored[1])
-        with MetricWriter(run, start=progress.step, stop=steps) as writer:
+        with MetricWriter(run, start=progress.step, stop=steps, expected=progress.metrics) as writer:
             _log_start(writer, setup, progress.step)
+            for damaged in checkpoints.damaged:
+                writer.log(damaged)
             timer = Timer(progress)
             outcomes: dict[str, Outcomes] = {}
             train_steps, spans, batches = _dispatch(setup, progress.step)
@@ -315,10 +317,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                         if "validation" in outcomes:
                             error = scores["validation/top1_error"]
                             progress.plateau = progress.plateau.after(error, config.optim.plateau)
-                        writer.image(step, f"{config.model.order[0]}/filters", figures.filter_grid(filters))
+                        writer.image(step, f"{config.model.order[0]}/filters", figures.filter_grid, filters)
                 if due.save or request.is_set():
                     with timer.paused(state):
                         _check_finite(flatten_dict(jax.device_get(state.variables), sep="/"), step)
+                        writer.flush()
                         checkpoints.save(step, state, dataclasses.asdict(progress))
                 if not last:
                     request.obey(f"{run.path}: stopped at step {step} of {steps}; a checkpoint is saved")
@@ -420,8 +423,8 @@ def _log_start(writer: MetricWriter, setup: Setup, step: int) -> None:
 def _write_artifacts(run: RunDir, writer: MetricWriter, setup: Setup, outcomes: Outcomes, filters: np.ndarray) -> None:
     """Write what the report shows of a trained network: its filters, errors by class, and most confident errors."""
     dataset = setup.dataset
-    errors = figures.confident_errors(outcomes, dataset, setup.config.data.image_size)
-    writer.image(setup.steps, "eval/most_confident_errors", errors)
+    size = setup.config.data.image_size
+    writer.image(setup.steps, "eval/most_confident_errors", figures.confident_errors, outcomes, dataset, size)
     with atomic_write(run.filters_file) as temporary, temporary.open("wb") as file:
         np.save(file, filters)
     images = np.bincount(outcomes.labels, minlength=dataset.classes)

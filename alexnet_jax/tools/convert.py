@@ -125,6 +125,11 @@ def read_file(path: Path, config: ConfigDict) -> TrainedNetwork:
         arrays, metadata = _READERS[path.suffix](path)
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{path}: cannot be read: {error}") from error
+    if not _is_metadata(metadata):
+        raise ValueError(
+            f"{path}: is stored with the input {metadata}: mean and std must be numbers, or mean a file and subtract "
+            "what it is subtracted as; correct it"
+        )
     layout = _LAYOUTS[path.suffix]
     names = layout.names(config.model)
     if missing := [name for pair in names.values() for name in pair if name not in arrays]:
@@ -151,6 +156,15 @@ def read_file(path: Path, config: ConfigDict) -> TrainedNetwork:
     elif "mean" in metadata:
         config.data.update(subtract="mean", mean=tuple(metadata["mean"][::order]))
     return from_grouped(config, params)._replace(statistics=measured)
+
+
+def _is_metadata(metadata: dict[str, Any]) -> bool:
+    """Return whether the input of a network is described as by `write_file`; fields may be missing."""
+    mean, std = metadata.get("mean", []), metadata.get("std", [])
+    if isinstance(mean, str):
+        mean = [] if isinstance(metadata.get("subtract"), str) else None
+    lists = isinstance(mean, list) and isinstance(std, list)
+    return lists and all(isinstance(value, int | float) for value in mean + std)
 
 
 def write_file(path: Path, network: TrainedNetwork) -> None:

@@ -1,6 +1,7 @@
 """Predictions for image files equal those of evaluation for the same pixels; neighbours are nearest in the features."""
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from alexnet_jax import evaluate, model, train
 from alexnet_jax.checkpoint import TrainedNetwork, load_run, save_run
 from alexnet_jax.data import datasets
 from alexnet_jax.parallel import Executor
-from alexnet_jax.run_dir import RunDir
+from alexnet_jax.run_dir import RunDir, write_json
 from alexnet_jax.tools import predict
 from support import TINY, random_statistics, run_config
 
@@ -129,6 +130,29 @@ def test_verb_prints_and_draws(
         assert f" {name} " in printed
         assert f"{100 * probability:.2f}" in printed
     assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_class_names_are_no_markup(
+    run: Path, digits: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    named = shutil.copytree(run, tmp_path / "run")
+    names = ["[bold]", "[/red]", ":smile:", "$\\frac$", "<b>", "_x", "[link]", "{}", "%s", "\\"]
+    write_json(RunDir(named).dataset_file, {"classes": 10, "class_names": names})
+    run_verb(f"--run={named}", "--neighbours=0", f"--output={tmp_path / 'figure.png'}", str(digits[1]))
+    (prediction,) = predict.predict(named, digits[1:2])
+    printed = capsys.readouterr().out
+    for name in prediction.classes:
+        assert f" {name} " in printed
+
+
+def test_figure_that_cannot_be_written_costs_no_table(
+    run: Path, digits: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        run_verb(f"--run={run}", "--neighbours=0", f"--output={tmp_path / 'file' / 'figure.png'}", str(digits[1]))
+    assert "probability, %" in capsys.readouterr().out
 
 
 def test_bad_input_raises_before_anything_is_drawn(run: Path, digits: list[Path], tmp_path: Path) -> None:
