@@ -32,7 +32,7 @@ DISTRIBUTIONS = ("normal", "uniform")
 EXECUTORS = ("auto", "vmap", "pmap", "shard_map")
 OPTIMIZERS = ("paper", "sgd", "adamw")
 SCHEDULES = ("step", "cosine")
-MATMUL_PRECISIONS = ("tensorfloat32", "float32")
+MATMUL_PRECISIONS = ("default", "tensorfloat32", "float32")
 SUBTRACT = ("mean_image", "central_mean_image", "mean_pixel", "mean")
 
 

@@ -30,12 +30,14 @@ SCRIPTS = REPOSITORY / "experiments" / "gpu"
 
 
 def load(name: str) -> ModuleType:
-    """Import a script."""
+    """Import a script, which may import those of experiments/speed."""
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPOSITORY / "experiments" / "speed"))
+        spec.loader.exec_module(module)
     return module
 
 

@@ -5,9 +5,9 @@ PyTorch is imported only where it is used.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
+import baselines
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,40 +120,6 @@ def conv_joined(
 # The same network and training step in PyTorch.
 
 
-def pytorch_network(config: ConfigDict, classes: int) -> Any:
-    """Return a run's network as a `torch.nn.Sequential` on the CPU; its towers are groups."""
-    from torch import nn
-
-    model, pool, lrn = config.model, config.model.pool, config.model.lrn
-    normalise = partial(nn.LocalResponseNorm, lrn.n, lrn.n * lrn.alpha, lrn.beta, lrn.k)  # it divides alpha by n
-    operations: dict[str, Callable[[], Any]] = {
-        "activation": {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}[model.activation],
-        "lrn": normalise if lrn.enabled else nn.Identity,
-        "max_pool": partial(nn.MaxPool2d, pool.window, pool.stride, ceil_mode=pool.ceil),
-        "avg_pool": partial(nn.AvgPool2d, pool.window, pool.stride, ceil_mode=pool.ceil, count_include_pad=False),
-        "dropout": partial(nn.Dropout, model.dropout.rate),
-    }
-    parts: list[Any] = []
-    channels, is_flat = 3, False
-    for number, name in enumerate(model.order):
-        layer = model.layers[name]
-        features = classes if layer.features is None else layer.features
-        if layer.kind == "dense":
-            parts += [] if is_flat else [nn.Flatten()]
-            parts.append(nn.LazyLinear(features))
-            is_flat = True
-        else:
-            before, after = layer.padding
-            if before != after:
-                parts.append(nn.ZeroPad2d((before, after, before, after)))
-            padding = before if before == after else 0
-            groups = 1 if number == 0 or layer.sees == "all" else model.towers
-            parts.append(nn.Conv2d(channels, features, layer.kernel, layer.stride, padding, groups=groups))
-        channels = features
-        parts += [operations[operation]() for operation in layer.then]
-    return nn.Sequential(*parts)
-
-
 def pytorch_step(
     config: ConfigDict, classes: int, images: np.ndarray, labels: np.ndarray, dtype: str, mode: str
 ) -> Callable[[], Any]:
@@ -171,7 +137,7 @@ def pytorch_step(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     data, batch, size, crop = config.data, config.train.batch_size, config.data.image_size, config.data.crop
-    network = pytorch_network(config, classes)
+    network = baselines.pytorch_network(config, classes)
     network(torch.zeros(2, 3, crop, crop))  # gives the lazy layers their sizes
     network = network.to(device=device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(

@@ -26,7 +26,6 @@ from ml_collections import ConfigDict
 from alexnet_jax import parallel, train
 from alexnet_jax.tools import summary
 
-baselines.NETWORKS |= {"one_weird_trick": "networks.one_weird_trick", "torchvision": "networks.torchvision"}
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")  # the last: `model.dtype`; the others: `train.matmul_precision`
 SMALL = ("small", "cifar", "embedded")  # networks of CIFAR-10's size, whose training images fit on the card
 _SETUPS = itertools.count(1)
