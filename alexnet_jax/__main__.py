@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alexnet_jax import __version__
-from alexnet_jax.config import load_study
+from alexnet_jax.config import load_study, split_spec
 from alexnet_jax.stop import Stopped
 
 
@@ -43,12 +43,16 @@ def run_verb(name: str, argv: list[str]) -> None:
     with contextlib.suppress(AttributeError):  # a stream of another kind
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for any encoding
     try:
-        with contextlib.redirect_stdout(_Output(sys.stdout)):
-            _run_verb(name, argv)
+        with contextlib.redirect_stdout(_Output(sys.stdout)) as output:
+            try:
+                _run_verb(name, argv)
+            finally:
+                output.flush()
     except (ValueError, OSError) as error:
         sys.exit(f"alexnet-jax {name}: {error}")
     except KeyboardInterrupt as stopped:
-        print(f"alexnet-jax {name}: {str(stopped) or 'interrupted'}\nre-run the command to resume", file=sys.stderr)
+        remedy = "\nre-run the command to resume" if name == "run" else ""
+        print(f"alexnet-jax {name}: {str(stopped) or 'interrupted'}{remedy}", file=sys.stderr)
         sys.exit(stopped.exit_status if isinstance(stopped, Stopped) else 128 + signal.SIGINT)
 
 
@@ -67,7 +71,7 @@ def _run_verb(name: str, argv: list[str]) -> None:
         parser.error(f"unknown argument {unknown[0]!r}")
     logging.getLogger().setLevel(logging.ERROR)  # JAX, Orbax and TFDS log more than the command itself
     if getattr(arguments, "config", None) is not None:
-        arguments.config_name = Path(arguments.config.partition(":")[0]).stem
+        arguments.config_name = Path(split_spec(arguments.config)[0]).stem
         arguments.config = load_study(arguments.config, overrides)
     elif overrides:
         parser.error(f"{overrides[0]}: needs --config")

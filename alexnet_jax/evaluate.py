@@ -16,10 +16,9 @@ import numpy as np
 import optax
 from jax import lax
 from ml_collections import ConfigDict, FrozenConfigDict
-from rich.console import Console
 from rich.table import Column, Table
 
-from alexnet_jax import checkpoint
+from alexnet_jax import checkpoint, terminal
 from alexnet_jax.data import augment, datasets, loader
 from alexnet_jax.data.datasets import Source
 from alexnet_jax.data.statistics import Statistics
@@ -217,4 +216,4 @@ def main(arguments: argparse.Namespace) -> None:
     for name, errors in results["errors"].items():
         percent = (f"{100 * errors[metric]:.2f}" for metric in ("top1_error", "top5_error"))
         table.add_row(name, *percent, f"{errors['loss']:.4f}")
-    Console().print(table)
+    terminal.console().print(table)

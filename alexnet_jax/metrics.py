@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 
 from alexnet_jax.data.loader import Batch
+from alexnet_jax.events import EVENTS, EventFile, PatientFile, read_events
 from alexnet_jax.optim import Plateau
-from alexnet_jax.run_dir import RunDir, complete_lines, write_text
+from alexnet_jax.run_dir import DamagedFileError, RunDir, write_text
 
 with epy.lazy_imports():  # it imports PyTorch where that is installed, which takes seconds
     import tensorboardX
@@ -46,9 +47,10 @@ LAYOUT = {
 
 def write_layout(study: Path) -> None:
     """Write the layout of TensorBoard's charts into a study's folder, once."""
-    if not list(study.glob("events.out.tfevents.*")):
-        with tensorboardX.SummaryWriter(str(study)) as writer:
-            writer.add_custom_scalars(LAYOUT)
+    if not list(study.glob(f"{EVENTS}.*")):
+        events = EventFile(study)
+        events.add(tensorboardX.summary.custom_scalars(LAYOUT))
+        events.close()
 
 
 @dataclasses.dataclass
@@ -72,23 +74,61 @@ class Progress:
 class MetricWriter:
     """The records of one run under the same names everywhere; a context manager.
 
-    Earlier records of steps after `start` are dropped, because these steps, up to `stop`, are done again.
+    Earlier records of steps after `start` are dropped, because these steps, up to `stop`, are done again. What cannot
+    be written neither stops nor delays the run: it is said once, and written later if that is possible.
     """
 
-    def __init__(self, run: RunDir, *, start: int, stop: int):
+    def __init__(self, run: RunDir, *, start: int, stop: int, expected: dict[str, float] | None = None):
+        """Open the records of a run.
+
+        Args:
+          expected: the last value of each metric by step `start`, as the checkpoint has them; None: not known.
+
+        Raises:
+          DamagedFileError: a record of metrics.jsonl cannot be read, or the last ones are missing.
+        """
         self._stop = stop
         self._first: tuple[int, float] | None = None  # first step and its time: before it, XLA compiles
-        kept = [line for line in complete_lines(run.metrics_file) if json.loads(line)["step"] <= start]
-        write_text(run.metrics_file, "".join(kept))
-        self._metrics = run.metrics_file.open("a", buffering=1)
-        self._log = run.log_file.open("a", buffering=1)
-        suffix = f".from_step_{start}"
-        self._tensorboard = tensorboardX.SummaryWriter(str(run.path), purge_step=start + 1, filename_suffix=suffix)
         self._name = run.name
-        values = TextColumn("{task.fields[loss]}  {task.fields[speed]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), values, TimeRemainingColumn())
+        values = TextColumn("{task.fields[loss]}  {task.fields[speed]}", markup=False)
+        description = TextColumn("{task.description}", markup=False)
+        columns = (description, BarColumn(), MofNCompleteColumn(), values, TimeRemainingColumn())
         self._bar = ProgressBar(*columns, disable=not sys.stdout.isatty())
         self._task = self._bar.add_task(self._name, total=stop, completed=start, loss="", speed="")
+        self._log = PatientFile(run.log_file, self._print)
+        kept = [line for line in run.metrics() if line["step"] <= start]
+        last = {name: value for line in kept for name, value in line.items()}
+        for name, value in (expected or {}).items():
+            if str(last.get(name)) != str(value):  # NaN, too, is itself
+                raise DamagedFileError(
+                    f"{run.metrics_file}: must have {name}={value} up to step {start}, as the checkpoint says; delete "
+                    "the run's folder to train it again"
+                )
+        write_text(run.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+        self._metrics = PatientFile(run.metrics_file, self.log)
+        former_events = sorted(run.path.glob(f"{EVENTS}.*"))
+        self._events = EventFile(run.path, self.log)
+        self._scalars: tuple[int, set[str]] = 0, set()  # a step, and the names that TensorBoard has of it
+        self._replace_events(former_events, kept, start)
+
+    def _replace_events(self, former: list[Path], metrics: list[dict[str, Any]], start: int) -> None:
+        """Write the events of former processes up to a step into the new file, and the metrics that they lack."""
+        records: dict[tuple[str, int], bytes] = {}  # the last one of each name and step
+        for file in former:
+            for record in read_events(file):
+                event = tensorboardX.proto.event_pb2.Event.FromString(record)
+                for value in event.summary.value:
+                    if event.step <= start and not value.tag.startswith("_hparams_"):  # which the end of the run adds
+                        records[value.tag, event.step] = record
+        for record in records.values():
+            self._events.add_record(record)
+        for line in metrics:
+            for name, value in line.items():
+                if name != "step" and (name, line["step"]) not in records:
+                    self._scalar(line["step"], name, value)
+        if self._events.flush():
+            for file in former:
+                file.unlink()
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -100,14 +140,18 @@ class MetricWriter:
                 self.log(f"stopped: {error!r}")
         finally:
             self._bar.stop()
-            self._tensorboard.close()
+            self._events.close()
             self._metrics.close()
             self._log.close()
 
     def log(self, text: str) -> None:
         """Write a line to train.log, and to standard output unless that is a terminal with a progress bar."""
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode(errors="backslashreplace"))
         if self._bar.disable:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the reader of a pipe has ended, or the output is closed
             print(f"{self._name}: {text}", flush=True)
 
     def progress(self, step: int) -> None:
@@ -117,9 +161,9 @@ class MetricWriter:
 
     def write(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Record metrics after a number of finished steps, and return them."""
-        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._metrics.write((json.dumps({"step": step, **metrics}) + "\n").encode())
         for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self._scalar(step, name, value)
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.log(f"step {step}/{self._stop}  {values}{self._time_left(step)}")
         if "train/loss" in metrics:
@@ -127,22 +171,40 @@ class MetricWriter:
             self._bar.update(self._task, loss=f"loss {metrics['train/loss']:.3f}", speed=f"{speed:.0f} images/s")
         return metrics
 
+    def _scalar(self, step: int, name: str, value: float) -> None:
+        """Record a value for TensorBoard, once for each step."""
+        known_step, names = self._scalars
+        if step != known_step:
+            self._scalars = step, names = step, set()
+        if name not in names:
+            names.add(name)
+            self._events.add(tensorboardX.summary.scalar(name, value), step)
+
     def _time_left(self, step: int) -> str:
         if self._first is None or step <= self._first[0]:
             return ""
         seconds_per_step = (time.monotonic() - self._first[1]) / (step - self._first[0])
         return f"  {(self._stop - step) * seconds_per_step:.0f} s left"
 
-    def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Record an image for TensorBoard: (height, width, 3) of floats from 0 to 1."""
-        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+    def flush(self) -> bool:
+        """Wait until the records are on disk, which must not lag behind a checkpoint; return whether they are."""
+        return all([self._metrics.flush(), self._events.flush()])
+
+    def image(self, step: int, name: str, draw: Callable[..., np.ndarray], *arguments: Any) -> None:
+        """Draw an image for TensorBoard, (height, width, 3) of floats from 0 to 1; log the error if that fails."""
+        try:
+            summary = tensorboardX.summary.image(name, draw(*arguments), dataformats="HWC")
+        except Exception as error:  # no image is worth a run
+            self.log(f"{name} cannot be drawn: {error!r}")
+        else:
+            self._events.add(summary, step)
 
     def hparams(self, values: dict[str, Any], metrics: dict[str, float]) -> None:
         """Record the run's row in TensorBoard's hparams tab: its labels and final metrics."""
         flat = {name: v if isinstance(v, int | float | str) else str(v) for name, v in values.items()}
         # SummaryWriter.add_hparams would open a second run for them.
         for summary in tensorboardX.summary.hparams(flat, metrics):
-            self._tensorboard.file_writer.add_summary(summary)
+            self._events.add(summary)
 
 
 def profiled(batches: Iterator[Batch], steps: int, folder: Path) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""The files of a run and of a study: their names, atomic writes, and the environment of a run. Needs no JAX."""
+"""The files of a run and of a study: their names, how they are read and written, and a run's environment. No JAX."""
 
 import contextlib
 import importlib.metadata
@@ -6,17 +6,20 @@ import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from alexnet_jax import __version__
 from alexnet_jax.config import FREE, flatten, from_json
 
+T = TypeVar("T")
 # Fields that may change when a finished run is extended: its length, and its learning rates.
 EXTENDABLE = (
     "train.epochs",
@@ -33,22 +36,44 @@ VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "NVIDIA_TF32_OVERRIDE", "CUBLAS_", "CUDN
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
+class DamagedFileError(ValueError):
+    """A file that is there, and whose content cannot be what was written."""
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes `path` on success and is deleted on failure; create its folder.
 
-    The temporary name is unique: several machines may write the same file at the same moment.
+    The temporary name is unique: several machines may write the same file at the same moment. When it returns, the
+    file is on disk under its name, also after a power failure. An OSError names the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's error names no file
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 _UMASK = os.umask(0)  # the process's file mode mask, which can only be read by setting it
@@ -66,16 +91,41 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Return the value in a JSON file, or None if the file does not exist."""
-    return json.loads(path.read_text()) if path.exists() else None
+def read_json(path: Path, rule: str = "a JSON object", valid: Callable[[dict[str, Any]], bool] = lambda _: True) -> Any:
+    """Return the object in a JSON file, or None if the file does not exist.
+
+    Args:
+      rule: what the file must be, and the remedy if it is not, for the message.
+      valid: whether an object obeys the rule.
+
+    Raises:
+      DamagedFileError: the file has no such object.
+    """
+    return _parse(path.read_bytes(), path, rule, valid) if path.exists() else None
 
 
-def complete_lines(path: Path) -> list[str]:
+def _parse(text: bytes, place: object, rule: str, valid: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Return a JSON object; raise DamagedFileError, which names its place, if the text is none or not a valid one."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+        raise DamagedFileError(f"{place}: cannot be read ({error}); must be {rule}") from None
+    with contextlib.suppress(TypeError, KeyError, AttributeError):  # of an object with other fields
+        if isinstance(value, dict) and valid(value):
+            return value
+    raise DamagedFileError(f"{place}: must be {rule}")
+
+
+def complete_lines(path: Path) -> list[bytes]:
     """Return the lines of a file without a last line that a killed process left incomplete."""
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    *complete, _ = path.read_bytes().split(b"\n")
+    return complete
+
+
+def _are_numbers(values: Iterable[object]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
 
 
 class RunDir:
@@ -101,29 +151,126 @@ class RunDir:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The final metrics of a finished run, else None."""
-        return read_json(self.result_file)
+        """The final metrics of a finished run, else None; raise DamagedFileError if they cannot be read."""
+        rule = "an object of numbers; delete it and re-run the study's command to write it from the last checkpoint"
+        return read_json(self.result_file, rule, lambda result: "steps" in result and _are_numbers(result.values()))
+
+    def read_dataset(self) -> dict[str, Any] | None:
+        """Return the dataset's name, "classes" (their number), "class_names" and sizes; None before the start."""
+
+        def valid(values: dict[str, Any]) -> bool:
+            classes, names = values["classes"], values.get("class_names")
+            named = names is None or (len(names) == classes and all(isinstance(name, str) for name in names))
+            return isinstance(classes, int) and named
+
+        return read_json(self.dataset_file, "an object with classes", valid)
+
+    def read_failure(self) -> dict[str, Any] | None:
+        """Return the "error" and "traceback" of a failed run, else None."""
+        return read_json(self.failure_file, "an object with an error", lambda values: isinstance(values["error"], str))
+
+    def read_by_class(self) -> dict[str, Any] | None:
+        """Return the names of the classes, "class", and their final "top1_error", or None before the end of a run."""
+
+        def valid(values: dict[str, Any]) -> bool:
+            names, errors = values["class"], values["top1_error"]
+            numbers = _are_numbers(error for error in errors if error is not None)
+            return numbers and all(isinstance(name, str) for name in names) and len(names) == len(errors) > 0
+
+        return read_json(self.by_class_file, "an object with an error for each class", valid)
+
+    def read_filters(self) -> np.ndarray | None:
+        """Return the first filters (towers, height, width, channels, features), or None before the end of a run."""
+        if not self.filters_file.exists():
+            return None
+        try:
+            with self.filters_file.open("rb") as file:
+                filters = np.lib.format.read_array(file)
+        except (ValueError, TypeError, MemoryError) as error:  # a damaged header may name any size
+            raise DamagedFileError(f"{self.filters_file}: cannot be read ({error}); must be an array") from None
+        if filters.ndim != 5 or filters.dtype.kind != "f":
+            raise DamagedFileError(f"{self.filters_file}: must be floats (towers, height, width, channels, features)")
+        return filters
 
     @property
     def status(self) -> str:
-        """The state of the run: "finished", "failed", "unfinished" or "not started"."""
-        if self.result is not None:
-            return "finished"
+        """The state of the run: "finished", "failed", "unfinished", "not started", or "damaged", without numbers."""
+        try:
+            if self.result is not None:
+                self.check_metrics()
+                return "finished"
+        except (DamagedFileError, OSError):
+            return "damaged"
         if self.failure_file.exists():
             return "failed"
         return "unfinished" if self.path.exists() else "not started"
 
     def read_config(self) -> ConfigDict | None:
-        """Return the run's config, or None; raise ValueError if it is of a version with other fields."""
-        values = read_json(self.config_file)
+        """Return the run's config, or None; raise ValueError if it is damaged, or of a version with other fields."""
+        rule = "a run's config; delete it if the study's config is unchanged, and re-run the study's command"
+        values = read_json(self.config_file, rule)
         try:
             return None if values is None else from_json(values)
+        except (AttributeError, TypeError):  # a section that the config of every version has is missing
+            raise DamagedFileError(f"{self.config_file}: must be {rule}") from None
         except ValueError as error:
             raise ValueError(f"{self.config_file}: {error}") from None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the logged metrics in order of their steps."""
-        return [json.loads(line) for line in complete_lines(self.metrics_file)]
+        """Return the logged metrics in order of their steps; raise DamagedFileError if a line cannot be read."""
+
+        def valid(line: dict[str, Any]) -> bool:
+            return isinstance(line["step"], int) and _are_numbers(line.values())
+
+        rule = "an object of numbers; delete the line to do without it, or the run's folder to train it again"
+        return [
+            _parse(line, f"{self.metrics_file}, line {number}", rule, valid)
+            for number, line in enumerate(complete_lines(self.metrics_file), 1)
+        ]
+
+    def check_metrics(self) -> None:
+        """Check that the logged metrics are there, to the end of a finished run; raise DamagedFileError if not."""
+        metrics = self.metrics()
+        steps = self.result["steps"] if self.result is not None else None
+        if steps is not None and (not metrics or metrics[-1]["step"] != steps):
+            raise DamagedFileError(
+                f"{self.metrics_file}: must end with step {steps}, as {self.result_file.name} does; delete the run's "
+                "folder to train it again"
+            )
+
+    def read_environment(self) -> dict[str, Any] | None:
+        """Return what the run's numbers depend on besides its config, or None before the start of a run."""
+        return read_json(self.environment_file)
+
+    def undamaged(self, read: Callable[["RunDir"], T]) -> T | None:
+        """Return what a function reads of the run, or None if a file is damaged, which `damages` says."""
+        try:
+            return read(self)
+        except (DamagedFileError, OSError):
+            return None
+
+    def damages(self) -> list[str]:
+        """Return a sentence for each damaged file and checkpoint; `statistics_file` and the log are not looked at."""
+        sentences = []
+        for read in (
+            RunDir.read_config,
+            RunDir.read_dataset,
+            RunDir.read_environment,
+            RunDir.check_metrics,
+            RunDir.read_filters,
+            RunDir.read_by_class,
+            RunDir.read_failure,
+            RunDir.read_initial,
+            RunDir.read_extensions,
+        ):
+            try:
+                read(self)
+            except (DamagedFileError, OSError) as error:
+                sentences.append(str(error))
+            except ValueError:
+                pass  # a config of another version
+        aside = sorted(self.checkpoints.glob("damaged_*"))
+        return sentences + [f"{path}: could not be read, and was set aside; delete it" for path in aside]
 
     def check(self, config: dict[str, Any], *, extend: bool = False) -> None:
         """Check that the folder is free for a config, as from `config.as_json`, or belongs to one that learns the same.
@@ -132,8 +279,10 @@ class RunDir:
           extend: whether the config may also be one that `extend` takes.
 
         Raises:
-          ValueError: the folder holds a run of another config, or of a version with other fields.
+          ValueError: the folder is a file, or holds a run of another config, or of a version with other fields.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path}: must be a folder, and is a file; choose another --workdir")
         self.read_config()
         changed = self._changes(config)
         extends = self._extends(changed)
@@ -155,17 +304,24 @@ class RunDir:
         if not changed:
             return
         self.check(config, extend=True)
-        extensions = self.extensions
+        extensions = self.read_extensions()
         if not extensions or extensions[-1]["changes"] != changed:
             extensions.append({"changes": changed, "result": self.result})
             write_json(self.extended_file, {"extensions": extensions})
         self.result_file.unlink(missing_ok=True)
         write_json(self.config_file, config)
 
-    @property
-    def extensions(self) -> list[dict[str, Any]]:
-        """What changed each time that the run was extended, old and new value by dotted key, and its result before."""
-        return (read_json(self.extended_file) or {"extensions": []})["extensions"]
+    def read_initial(self) -> dict[str, Any] | None:
+        """Return the weights that the run started from, "init_from", their "fingerprint" and the "new_layers"."""
+        return read_json(self.initial_file, "an object with a fingerprint", lambda values: bool(values["fingerprint"]))
+
+    def read_extensions(self) -> list[dict[str, Any]]:
+        """Return what "changes" each extension made, old and new value by dotted key, and the "result" before."""
+
+        def valid(values: dict[str, Any]) -> bool:
+            return all({"changes", "result"} <= extension.keys() for extension in values["extensions"])
+
+        return (read_json(self.extended_file, "an object with extensions", valid) or {"extensions": []})["extensions"]
 
     def _changes(self, config: dict[str, Any]) -> dict[str, list[Any]]:
         """Return the old and the new value of each field in which the run learns otherwise than with a config."""
@@ -176,13 +332,19 @@ class RunDir:
     def _extends(self, changed: dict[str, list[Any]]) -> bool:
         """Return whether changes make a finished run longer; an extension that was interrupted may begin again."""
         epochs, longer = changed.get("train.epochs", [0, 0])
-        finished = self.result is not None or (self.extensions and self.extensions[-1]["changes"] == changed)
+        extensions = self.read_extensions()
+        finished = self.result is not None or (extensions and extensions[-1]["changes"] == changed)
         return bool(finished) and longer > epochs and set(changed) <= set(EXTENDABLE)
 
     @property
     def crashes(self) -> int:
         """How often the process has crashed in this run since the run last ended by itself."""
-        return (read_json(self.starts_file) or {"starts": 0})["starts"]
+
+        def read(run: RunDir) -> dict[str, Any] | None:
+            return read_json(run.starts_file, valid=lambda values: isinstance(values["starts"], int))
+
+        starts = self.undamaged(read)
+        return starts["starts"] if starts else 0
 
     def check_dataset(self, metadata: dict[str, Any]) -> None:
         """Check that the run, if there is one, was of the same images and classes, as from `Dataset.metadata`.
@@ -190,7 +352,7 @@ class RunDir:
         Raises:
           ValueError: the dataset has changed.
         """
-        existing = read_json(self.dataset_file) or {}
+        existing = self.read_dataset() or {}
         for field in ("classes", "class_names", "fingerprint"):
             if existing.get(field, metadata[field]) != metadata[field]:
                 was, now = existing[field], metadata[field]
@@ -228,8 +390,19 @@ class StudyDir:
         return RunDir(self.path / arm / f"{key.rpartition('.')[2]}_{value}" / f"seed_{seed}")
 
     def read(self) -> dict[str, Any]:
-        """Return the contents of study.json; raise ValueError if there is none."""
-        study = read_json(self.study_file)
+        """Return the contents of study.json; raise ValueError if there is none, or it is damaged."""
+
+        def valid(study: dict[str, Any]) -> bool:
+            claims = all(
+                {"arm", "metric", "source", "difference", "ratio"} <= claim.keys() for claim in study["claims"]
+            )
+            sizes = all({"parameters", "maps"} <= size.keys() for size in study.get("sizes", {}).values())
+            texts = isinstance(study["name"], str) and isinstance(study["reported"], str)
+            seeds = all(isinstance(seed, int) for seed in study["seeds"])
+            return claims and sizes and texts and seeds and all(isinstance(arm, dict) for arm in study["arms"].values())
+
+        rule = "the description of a study; re-run the study's command to write it again"
+        study = read_json(self.study_file, rule, valid)
         if study is None:
             raise ValueError(
                 f"{self.path} is not a study's folder: it has no study.json; give one like runs/ablation_lrn"
@@ -239,7 +412,9 @@ class StudyDir:
     def runs(self) -> list[tuple[str, int, RunDir]]:
         """Return arm, seed and folder of every run in the study's order, including seeds added by other commands."""
         study = self.read()
-        on_disk = {int(folder.name.removeprefix("seed_")) for folder in self.path.glob("*/seed_*")}
+        folders = self.path.glob("*/seed_*")
+        # A folder like seed_0_backup is no run.
+        on_disk = {int(match[1]) for folder in folders if (match := re.fullmatch(r"seed_(0|[1-9]\d*)", folder.name))}
         seeds = [*study["seeds"], *sorted(on_disk - set(study["seeds"]))]
         return [(arm, seed, self.run(arm, seed)) for arm in study["arms"] for seed in seeds]
 

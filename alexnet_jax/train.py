@@ -105,7 +105,14 @@ def open_run(config: ConfigDict) -> Setup:
             f"{config.data.name} has {dataset.channels} channel(s)"
         )
     model.shapes(config.model, dataset.classes, (config.data.crop, config.data.crop, dataset.channels))
-    return Setup(config, dataset, make_executor(config.train.executor, config.model.towers, config.train.batch_size))
+    executor = make_executor(config.train.executor, config.model.towers, config.train.batch_size)
+    setup = Setup(config, dataset, executor)
+    if setup.steps >= 2**31:  # steps are counted in int32
+        raise ValueError(
+            f"train.epochs={config.train.epochs}: must be fewer than 2**31 steps, not {setup.steps}; train for fewer "
+            "epochs, or with a larger train.batch_size"
+        )
+    return setup
 
 
 def init_state(setup: Setup) -> State:
@@ -279,9 +286,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
             initial = weights.initial(config, setup.dataset)
             state, notes = executor.place(new_state(config, initial.variables)), initial.notes
             write_json(run.initial_file, initial.origin)
-        with MetricWriter(run, start=progress.step, stop=steps) as writer:
+        with MetricWriter(run, start=progress.step, stop=steps, expected=progress.metrics) as writer:
             _log_start(run, writer, setup, progress.step)
-            for note in notes:
+            for note in (*notes, *checkpoints.damaged):
                 writer.log(note)
             timer = Timer(progress)
             outcomes: dict[str, Outcomes] = {}
@@ -316,10 +323,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                         if "validation" in outcomes:
                             error = scores["validation/top1_error"]
                             progress.plateau = progress.plateau.after(error, config.optim.plateau)
-                        writer.image(step, f"{config.model.order[0]}/filters", figures.filter_grid(filters))
+                        writer.image(step, f"{config.model.order[0]}/filters", figures.filter_grid, filters)
                 if due.save or request.is_set():
                     with timer.paused(state):
                         _check_finite(flatten_dict(jax.device_get(state.variables), sep="/"), step)
+                        writer.flush()
                         checkpoints.save(step, state, dataclasses.asdict(progress))
                 if not last:
                     request.obey(f"{run.path}: stopped at step {step} of {steps}; a checkpoint is saved")
@@ -415,7 +423,7 @@ def _log_start(run: RunDir, writer: MetricWriter, setup: Setup, step: int) -> No
     )
     arrays, _ = locate(dataset.train)
     where = {Resident: "on the devices", Arrays: "in memory"}.get(type(arrays), "streamed")
-    for extension in run.extensions:
+    for extension in run.read_extensions():
         changes = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in extension["changes"].items())
         writer.log(f"was finished after {extension['result']['steps']} steps and extended: {changes}")
     writer.log(f"images: {where}; steps in one program: {setup.steps_per_dispatch}")
@@ -424,8 +432,8 @@ def _log_start(run: RunDir, writer: MetricWriter, setup: Setup, step: int) -> No
 def _write_artifacts(run: RunDir, writer: MetricWriter, setup: Setup, outcomes: Outcomes, filters: np.ndarray) -> None:
     """Write what the report shows of a trained network: its filters, errors by class, and most confident errors."""
     dataset = setup.dataset
-    errors = figures.confident_errors(outcomes, dataset, setup.config.data.image_size)
-    writer.image(setup.steps, "eval/most_confident_errors", errors)
+    size = setup.config.data.image_size
+    writer.image(setup.steps, "eval/most_confident_errors", figures.confident_errors, outcomes, dataset, size)
     with atomic_write(run.filters_file) as temporary, temporary.open("wb") as file:
         np.save(file, filters)
     images = np.bincount(outcomes.labels, minlength=dataset.classes)

@@ -395,7 +395,7 @@ def check_initial(run: RunDir, config: ConfigDict, dataset: Dataset) -> None:
     Raises:
       ValueError: there are no such weights, they do not fit, or they have changed since the run started.
     """
-    recorded = read_json(run.initial_file)
+    recorded = run.read_initial()
     if not config.train.init_from or (recorded and not Path(config.train.init_from).exists()):
         return
     _, origin = _fitting(config, dataset)

@@ -288,8 +288,8 @@ def get_config(
     # How towers run: "vmap": all on one device; "pmap": one device each; "shard_map": each on several devices, which
     # share the batch; "auto": the last of these for which there are enough devices.
     config.train.executor = "auto"
-    # Precision of products of float32 on GPUs and TPUs: "tensorfloat32", 10 bits of mantissa (on TPUs 3 passes in
-    # bfloat16), or "float32". CPUs always compute in float32.
+    # Precision of products of float32 on GPUs and TPUs: "float32"; "tensorfloat32", with 10 bits of mantissa (on TPUs 3
+    # passes in bfloat16); or "default", whatever is fastest on the device. CPUs always compute in float32.
     config.train.matmul_precision = "tensorfloat32"
     # Steps in one program, if images are on the devices: saves launches on GPUs. None: 1 on CPUs, else 25.
     config.train.steps_per_dispatch = placeholder(int)

@@ -136,14 +136,10 @@ def command(*arguments: str, environment: dict[str, str] | None = None) -> subpr
 
 
 def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own, from the folder of the tests."""
+    """Run Python code in a process of its own, from the folder of the tests, with the code of this repository."""
+    variables = {"PYTHONPATH": str(REPOSITORY)} | environment
     return subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=TESTS,
-        env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", script], cwd=TESTS, env=variables, capture_output=True, text=True, check=False
     )
 
 

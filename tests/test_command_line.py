@@ -1,5 +1,6 @@
 """The command `alexnet-jax VERB`: help, exit statuses, and studies from any folder."""
 
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from alexnet_jax.run_dir import StudyDir, write_json
 
 FLAGS = {
     "run": ("--config", "--workdir", "--init_from", "--new_head", "--extend", "--dry_run", "--only", "--seeds"),
-    "prepare": ("FOLDER", "--data_dir", "--manual_dir", "--size", "--skip_bad"),
+    "prepare": (
+        *("FOLDER", "--data_dir", "--manual_dir", "--size"),
+        *("--name", "--hold_out", "--skip_bad", "--max_pixels"),
+    ),
     "evaluate": ("--run", "--views", "--data_dir", "--split", "--output"),
     "predict": ("IMAGE", "--run", "--views", "--neighbours", "--data_dir", "--output"),
     "summary": ("--config", "--classes", "--channels"),
@@ -142,8 +146,53 @@ def test_studies_run_from_any_folder(tmp_path: Path) -> None:
     assert re.findall(r"│ (\w+), seed (\d) ", own.stdout) == [("wide_and_slow", str(seed)) for seed in range(5)]
     assert "my_study" in own.stdout
     assert scaled.returncode == 1
-    assert scaled.stderr.startswith("alexnet-jax run: scale=tiny: must be one of embedded, ")
+    assert re.match(r"alexnet-jax run: my_study.py:\d+: scale=tiny: must be one of embedded, ", scaled.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["my_study.py"]
+
+
+@pytest.mark.parametrize("printed", ["print('text')", "print('text' * 10**6)", "sys.exit(print('help'))"])
+def test_closed_pipe_fails_no_verb(printed: str, tmp_path: Path) -> None:
+    """Neither at once, nor when Python would flush at its end."""
+    (tmp_path / "verb.py").write_text(f"import sys\nadd_arguments = lambda parser: None\nmain = lambda _: {printed}")
+    code = "from alexnet_jax import __main__ as m; m.VERBS['v'] = m.Verb('verb', ''); m.run_verb('v', [])"
+    read, write = os.pipe()
+    os.close(read)
+    call = [sys.executable, "-c", code]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        call, cwd=tmp_path, env=environment, stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# Ctrl-C as soon as the preparation has read some images.
+INTERRUPTED = """
+import signal, sys
+from alexnet_jax.__main__ import main
+from alexnet_jax.data import image_io
+encode = image_io.encode_jpeg
+count = 0
+
+def interrupt(*arguments):
+    global count
+    count += 1
+    if count == 10:
+        signal.raise_signal(signal.SIGINT)
+    return encode(*arguments)
+
+image_io.encode_jpeg = interrupt
+main()
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_prepare_ends_in_a_word_and_makes_nothing(photos: Path, tmp_path: Path) -> None:
+    (done,) = commands(tmp_path, ("-c", INTERRUPTED, "prepare", str(photos), "--data_dir=sets", "--size=32"))
+    assert done.returncode != 0
+    assert done.stderr.startswith("alexnet-jax prepare: interrupted; nothing was made\n")
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "sets" / "photos" / "32px").iterdir())
 
 
 REPORT = """

@@ -1,23 +1,29 @@
 """No field is unused, each arm changes its fields and no others, and mistakes are answered with a remedy."""
 
+import functools
 import importlib
+import math
+import operator
+import random
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 import alexnet_jax
 from alexnet_jax import config as config_lib
-from alexnet_jax import optim, train
+from alexnet_jax import model, optim, train
 from alexnet_jax.__main__ import run_verb
 from alexnet_jax.configs import base, scales
 from alexnet_jax.studies import analysis, runner
 from alexnet_jax.tools import summary
-from support import NETWORKS, REPOSITORY, TINY, command, network_config, run_config
+from support import NETWORKS, REPOSITORY, TINY, command, network_config, random_statistics, run_config
 
 STUDIES = sorted(path.stem for path in (REPOSITORY / "configs").glob("ablation_*.py"))
 
@@ -56,7 +62,7 @@ def record_reads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.mark.slow
 def test_no_field_is_unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train a small run, and compare the fields that are read with those that exist."""
+    """Train small runs, and compare the fields that are read with those that exist."""
     changes = TINY | {"train.epochs": 0.004, "eval.every_epochs": 0.001, "data.validation_split": "1/20"}
     changes |= {"optim.learning_rate": 1e-9, "optim.plateau.patience": 1}  # decays on plateau
     changes |= {
@@ -69,6 +75,8 @@ def test_no_field_is_unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with_adamw = base.get_config("embedded", {"optim.name": "adamw"})
     read = record_reads(monkeypatch)
     runner.run_study(study, tmp_path / "study")
+    study.data.update(resident_bytes=0, host_bytes=0)  # streams its images
+    runner.run_study(study, tmp_path / "streamed")
     optim.make_optimizer(with_adamw.optim, with_adamw.model.layers, 1.0, 1)
     monkeypatch.undo()
     fields = {key for key in config_lib.flatten(study) if not key.startswith("arms.")} | {"seed", "arms"}
@@ -199,12 +207,17 @@ def test_changes_may_be_dotted_or_nested() -> None:
     assert config_lib.run_config(dotted, "arm", 0).model.lrn.n == 3
 
 
+def test_changes_may_be_of_numpy() -> None:
+    study = base.study("embedded", {"arm": {}}, changes={"model.lrn.n": np.int64(3), "optim.betas": [np.float32(0), 0]})
+    assert (type(study.model.lrn.n), study.optim.betas) == (int, (0.0, 0.0))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model.lrn.enable": False}, "^unknown config key 'model.lrn.enable'; did you mean model.lrn.enabled"),
         ({"model": {"lrn": 5}}, "^unknown config key 'model.lrn'"),
-        ({"model.lrn.n": "five"}, "^model.lrn.n='five': must have the type of the default"),
+        ({"model.lrn.n": "five"}, "^model.lrn.n='five': must be an integer$"),
     ],
 )
 def test_changes_of_a_study_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -224,7 +237,7 @@ STUDY = "--config=configs/ablation_lrn.py"
 MISTAKES = {
     (STUDY, "--config.model.lrm.enabled=False"): "key 'model.lrm.enabled'; did you mean model.lrn.enabled",
     (STUDY, "--config.model.dropuot.rate=0"): "key 'model.dropuot.rate'; did you mean model.dropout.rate",
-    (STUDY, "--config.train.batch_size=many"): "--config.train.batch_size=many",
+    (STUDY, "--config.train.batch_size=many"): "train.batch_size='many': must be an integer",
     (STUDY, "surplus"): "unknown argument 'surplus'",
     ("--config=configs/ablation_lrn.py:cifar11",): "scale=cifar11: must be one of embedded, cifar10, ",
     ("--config=configs/ablation_lnr.py",): "configs/ablation_lnr.py",
@@ -241,6 +254,120 @@ def test_mistake_on_the_command_line_is_a_one_line_error(
         run_verb("run", ["--workdir=/nowhere", *arguments])
     message = capsys.readouterr().err if ended.value.code == 2 else str(ended.value.code)
     assert MISTAKES[arguments] in message.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("optim.decay_epochs=(2,4.5)", "optim.decay_epochs", (2.0, 4.5)),
+        ("optim.decay_epochs=[2]", "optim.decay_epochs", (2.0,)),
+        ("optim.decay_epochs=2", "optim.decay_epochs", (2.0,)),
+        ("optim.decay_epochs=()", "optim.decay_epochs", ()),
+        ("model.layers.conv1.then=activation", "model.layers.conv1.then", ("activation",)),
+        ("model.layers.conv1.weight_decay=1e-3", "model.layers.conv1.weight_decay", 1e-3),
+        ("optim.biases.decay_epochs=None", "optim.biases.decay_epochs", None),
+        ("model.pool.ceil=true", "model.pool.ceil", True),
+        ("model.pool.ceil", "model.pool.ceil", True),
+        ("data.name=1e3", "data.name", "1e3"),
+        ("arms.no_lrn.model.lrn.enabled=True", "arms.no_lrn.model.lrn.enabled", True),
+    ],
+)
+def test_override_becomes_a_value_of_the_fields_type(override: str, key: str, value: Any) -> None:
+    study = config_lib.load_study("configs/ablation_lrn.py", [f"--config.{override}"])
+    changed = config_lib.flatten(study)[key]
+    assert (changed, type(changed)) == (value, type(value))
+    if isinstance(value, tuple):
+        assert [type(element) for element in changed] == [type(element) for element in value]
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("train.epochs=None", "a finite number"),
+        ("train.epochs=nan", "a finite number"),
+        ("train.epochs=1e400", "a finite number"),
+        ("train.epochs", "a finite number"),
+        ("train.batch_size=8.0", "an integer"),
+        ("train.batch_size=True", "an integer"),
+        ("train.batch_size=", "an integer"),
+        ("model.pool.ceil=1", "True or False"),
+        ("model.layers.conv1.padding=(1,'2')", "a tuple, each an integer"),
+        ("model.layers.conv1.padding=None", "a tuple, each an integer"),
+        ("model.layers.conv1.decay_epochs=('2',)", "None or a tuple, each a finite number"),
+        ("model.layers.conv1.then=(1,)", "a tuple, each a string"),
+        ("optim.decay_epochs=(1,None)", "a tuple, each a finite number"),
+        ("seeds=(0,1.5)", "a tuple, each an integer"),
+        ("seeds=" + "(" * 1000, "a tuple, each an integer"),
+        ("arms.no_lrn.model.lrn.enabled=5", "True or False"),
+    ],
+)
+def test_override_of_another_type_is_refused_before_anything_runs(override: str, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(override.split('=')[0])}=.*: must be {rule}"):
+        config_lib.load_study("configs/ablation_lrn.py", [f"--config.{override}"])
+
+
+def test_last_of_repeated_overrides_counts() -> None:
+    overrides = ["--config.seeds=(0,1)", "--config.train.epochs=2", "--config.seeds=(2,)", "--config.train.epochs=3"]
+    study = config_lib.load_study("configs/ablation_lrn.py", overrides)
+    assert (study.seeds, study.train.epochs) == ((2,), 3.0)
+
+
+BASE = "from alexnet_jax.configs import base\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("", "--config=FILE: must define a function get_config"),
+        ("get_config = 3", "--config=FILE: must define a function get_config"),
+        ("x = 1\ndef get_config(:\n", "FILE:2: SyntaxError: "),
+        ("x = 1\nprint(y)", "FILE:2: NameError: name 'y'"),
+        ("import numpy as np\n\nimport nothing_of_this_name", "FILE:3: ModuleNotFoundError: "),
+        ("x = 1\nimport broken", r"FILE:2: SyntaxError: .*\(broken.py, line 1\)"),
+        ("x = '\udcff'", r"FILE:1: SyntaxError: \(unicode error\) 'utf-8' codec can't decode"),
+        ("x = 1\ndef get_config():\n    return {}", "FILE:2: get_config must return a study, not any dict; "),
+        ("def get_config():\n    pass", "FILE:1: get_config must return a study, not any NoneType; "),
+        (
+            "from ml_collections import ConfigDict\nget_config = lambda: ConfigDict({'model': 1})",
+            "FILE:2: get_config must return a study, not any ConfigDict; return base.study",
+        ),
+        ("def get_config(scale):\n    pass", 'FILE:1: get_config must take a scale, or none; add ":SCALE" to --config'),
+        ("def get_config():\n    return 1 / 0", "FILE:2: ZeroDivisionError: division by zero"),
+        (BASE + "def get_config():\n    return base.study('embedded', 3)", "FILE:3: AttributeError: "),
+        (BASE + "def get_config():\n    return base.study('small', {})", "FILE:3: scale=small: must be one of "),
+        (
+            BASE + "def get_config():\n    return base.study('embedded', {}, changes={'train.epoch': 1})",
+            "FILE:3: unknown config key 'train.epoch'; did you mean train.epochs",
+        ),
+    ],
+)
+def test_mistake_in_a_config_file_is_answered_with_file_and_line(code: str, message: str, tmp_path: Path) -> None:
+    file, path = tmp_path / "mine.py", list(sys.path)
+    (tmp_path / "broken.py").write_text("x = = 3")
+    file.write_bytes(code.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match="^" + message.replace("FILE", re.escape(str(file)))) as error:
+        config_lib.load_study(str(file))
+    assert "\n" not in str(error.value)
+    assert sys.path == path
+
+
+def test_config_file_without_scales_says_so(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(BASE + "def get_config():\n    return base.study('embedded', {'a': {}})")
+    assert list(config_lib.load_study(f"{tmp_path / 'mine.py'}").arms) == ["a"]
+    with pytest.raises(ValueError, match=':2: get_config must take a scale, or none; leave out ":embedded" in --c'):
+        config_lib.load_study(f"{tmp_path / 'mine.py'}:embedded")
+
+
+def test_config_file_may_be_anywhere_and_import_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "elsewhere: 2"
+    folder.mkdir()
+    (folder / "my_arms.py").write_text("ARMS = {'first': {}}")
+    code = "def get_config(scale='embedded'):\n    import my_arms\n    return base.study(scale, my_arms.ARMS)"
+    (folder / "mine.py").write_text(BASE + code)
+    for spec in (f"{folder}/mine.py", f"{folder}/mine.py:cifar10"):
+        assert list(config_lib.load_study(spec).arms) == ["first"]
+    monkeypatch.setenv("HOME", str(folder))
+    assert config_lib.load_study("~/mine.py:cifar10").data.name == "cifar10"
 
 
 @pytest.mark.slow
@@ -264,7 +391,7 @@ def test_value_that_cannot_work_ends_the_command_before_anything_is_written(
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("model.towers", 0, "1 or more"),
+        ("model.towers", 0, "from 1 to 1000"),
         ("model.activation", "rely", "one of relu, tanh, gelu, silu"),
         ("model.order", ("conv1", "conv9"), "a tuple of some of conv1, "),
         ("model.order", ("conv1", "conv1", "fc8"), "each once"),
@@ -285,14 +412,95 @@ def test_value_that_cannot_work_ends_the_command_before_anything_is_written(
         ("train.batch_size", 4001, "at most the 4000 training images"),
         ("train.label_smoothing", 1.0, "from 0 to less than 1"),
         ("train.executor", "xmap", "one of auto, vmap, pmap"),
-        ("eval.batch_size", 0, "1 or more"),
+        ("eval.batch_size", 0, "from 1 to 1000000"),
+        ("model.lrn.n", 10**12, "from 1 to 10000"),
+        ("train.epochs", math.inf, "a finite number"),
+        ("optim.momentum", math.nan, "a finite number"),
+        ("model.layers.conv1.padding", (1, "1"), "a tuple, each an integer"),
+        ("train.batch_size", True, "an integer"),
     ],
 )
 def test_value_that_cannot_work_is_named_with_its_rule(key: str, value: Any, rule: str) -> None:
     with pytest.raises(ValueError, match=f"^{key}=") as error:
-        train.open_run(run_config(**{key: value}))
+        train.open_run(set_field(run_config(), key, value))
     assert str(value) in str(error.value)
     assert rule in str(error.value)
+
+
+NASTY: tuple[Any, ...] = (
+    *(math.nan, math.inf, -math.inf, -1, 0, 0.5, 1, 1e12, 10**12, 10**400, True, False, None, "", "x", "1/0", b"x", {}),
+    *((), (1,), (0.5,), (-1, -1), (math.nan, math.nan), (1e12, 1e12), (1, 10**12), (True, True), (None, None)),
+    *(("x",), ("",), ((1, 1), (1, 1)), [1, 1], {1}, ([],), 1 + 1j),
+)
+
+
+def set_field(config: ConfigDict, key: str, value: Any) -> ConfigDict:
+    """Return a config with a field of any value, as it may be in a file."""
+    values = config.to_dict()
+    *sections, name = key.split(".")
+    functools.reduce(operator.getitem, sections, values)[name] = value
+    return ConfigDict(values)
+
+
+def every_field(config: ConfigDict) -> dict[str, Any]:
+    """Return all fields and their values, but of layers that have the same as others."""
+    flat = config_lib.flatten(config)
+    return {key: value for key, value in flat.items() if not re.match(r"model\.layers\.(conv[2-5]|fc7)", key)}
+
+
+def refusal(function: Callable[..., Any], *arguments: Any) -> str:
+    """Return the message of the ValueError that a function raises; empty without one."""
+    try:
+        function(*arguments)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_every_value_of_every_field_is_accepted_or_refused_with_its_name() -> None:
+    """No value ends in anything but ValueError, from a file or as a change; those accepted are finite, of the type."""
+    config, study = run_config(), base.study("embedded", {"arm": {}})
+    for key, default in every_field(config).items():
+        for value in NASTY:
+            message = refusal(config_lib.validate, set_field(config, key, value))
+            assert re.match(r"$|[\w.]+(=.*)?: must be ", message, re.DOTALL), message
+            if not message:
+                assert type(value) is not bool or type(default) is bool, (key, value)
+                numbers = [number for number in np.ravel(value) if isinstance(number, float)]
+                assert np.isfinite(numbers).all(), (key, value)
+            if key != "seed" and not isinstance(value, dict):
+                message = refusal(config_lib.apply_changes, study, {key: value})
+                assert not message or message.startswith(f"{key}="), message
+    assert config_lib.flatten(config_lib.from_json(config_lib.as_json(study))) == config_lib.flatten(study)
+
+
+def trace_step(setup: train.Setup) -> None:
+    """Trace a run's training step, without compiling it."""
+    config, data = setup.config, setup.config.data
+    channels = setup.dataset.channels
+    variables = model.shapes(config.model, setup.dataset.classes, (data.crop, data.crop, channels))
+    state = jax.eval_shape(functools.partial(train.new_state, config), variables)
+    shape = (config.train.batch_size, data.image_size, data.image_size, channels)
+    batch = {"image": np.broadcast_to(np.uint8(0), shape), "label": np.zeros(shape[0], np.int32)}
+    scalars = (np.uint32(config.seed), np.int32(1), np.int32(0))
+    jax.eval_shape(train.make_train_step(setup), state, batch, random_statistics(config, channels), *scalars)
+
+
+@pytest.mark.slow
+def test_accepted_values_train() -> None:
+    """Trace the training step with a sample of the values that `validate` accepts, unless `open_run` refuses them."""
+    config = run_config(**TINY | {"train.executor": "vmap"})
+    cases = [
+        changed
+        for key in every_field(config)
+        for value in NASTY
+        if not refusal(config_lib.validate, changed := set_field(config, key, value))
+    ]
+    assert len(cases) > 200
+    for changed in random.Random(0).sample(cases, 12):
+        if not refusal(train.open_run, changed):
+            trace_step(train.open_run(changed))
 
 
 def test_decay_on_plateau_requires_a_validation_split() -> None:

@@ -61,5 +61,6 @@ def test_speed_claim_counts_only_if_tuned_on_speed_inside_the_grid(tmp_path: Pat
     ):
         arm = {"chosen": chosen, "scores": {"1.0": 1.5, "2.0": 1.2, "3.0": None}}
         tuning = {"key": "optim.learning_rate", "arms": {"relu": arm}, **metric}
-        (tmp_path / "study.json").write_text(json.dumps({"tuning": tuning}))
+        study = {"name": "relu", "reported": "mnist5k", "arms": {}, "seeds": [], "claims": [], "tuning": tuning}
+        (tmp_path / "study.json").write_text(json.dumps(study))
         assert summary.objection(tmp_path, "epochs_to_25") == expected

@@ -1,6 +1,8 @@
 """Files of runs and studies are complete or absent, and say which run they belong to."""
 
+import errno
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -8,11 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from alexnet_jax import run_dir
 from alexnet_jax.config import FREE, as_json, flatten
-from alexnet_jax.run_dir import RunDir, StudyDir, atomic_write, complete_lines, read_json, write_json, write_text
+from alexnet_jax.run_dir import (
+    DamagedFileError,
+    RunDir,
+    StudyDir,
+    atomic_write,
+    complete_lines,
+    read_json,
+    write_json,
+    write_text,
+)
 from support import FREELY_CHANGED, REPOSITORY, run_config, run_script
 
 
@@ -38,6 +50,33 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_error_of_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic_write(tmp_path / "result.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/result.json'"):
+        write()
+
+
+def test_file_and_its_name_are_on_disk_when_a_write_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def record_sync(handle: int) -> None:
+        done.append("file" if stat.S_ISREG(os.fstat(handle).st_mode) else "folder")
+        sync(handle)
+
+    def record_replace(old: Path, new: Path) -> None:
+        done.append("rename")
+        replace(old, new)
+
+    monkeypatch.setattr(run_dir.os, "fsync", record_sync)
+    monkeypatch.setattr(run_dir.os, "replace", record_replace)
+    write_text(tmp_path / "result.json", "{}")
+    assert done == ["file", "rename", "folder"]
 
 
 def test_two_processes_may_write_the_same_file_at_once(tmp_path: Path) -> None:
@@ -67,7 +106,7 @@ def test_complete_lines_leave_out_what_a_killed_process_wrote_last(tmp_path: Pat
     path = tmp_path / "metrics.jsonl"
     assert complete_lines(path) == []
     path.write_text('{"step": 2}\n{"step": 4}\n{"st')
-    assert complete_lines(path) == ['{"step": 2}\n', '{"step": 4}\n']
+    assert complete_lines(path) == [b'{"step": 2}', b'{"step": 4}']
     assert RunDir(tmp_path).metrics() == [{"step": 2}, {"step": 4}]
 
 
@@ -79,6 +118,8 @@ def test_status_follows_from_the_files(tmp_path: Path) -> None:
     write_json(run.failure_file, {"error": "disk full"})
     assert run.status == "failed"
     write_json(run.result_file, {"steps": 12})
+    assert run.status == "damaged"
+    write_text(run.metrics_file, '{"step": 12}\n')
     assert (run.status, run.result) == ("finished", {"steps": 12})
 
 
@@ -148,8 +189,8 @@ def test_config_of_version_0_1_is_refused_in_one_line(tmp_path: Path) -> None:
 def study(tmp_path: Path) -> StudyDir:
     """Return the folder of a study of two arms, with seeds 1 and 0."""
     folder = StudyDir(tmp_path / "study")
-    description: dict[str, Any] = {"arms": {"relu": {}, "no_lrn": {}}, "seeds": [1, 0]}
-    write_json(folder.study_file, description)
+    arms: dict[str, Any] = {"relu": {}, "no_lrn": {}}
+    write_json(folder.study_file, {"name": "s", "reported": "mnist5k", "arms": arms, "seeds": [1, 0], "claims": []})
     return folder
 
 
@@ -180,6 +221,7 @@ def finished_run(path: Path) -> tuple[RunDir, Callable[..., dict[str, Any]]]:
         return as_json(run_config(**changes))
 
     write_json(run.config_file, config())
+    write_text(run.metrics_file, '{"step": 4000}\n')
     write_json(run.result_file, {"steps": 4000})
     return run, config
 
@@ -195,9 +237,9 @@ def test_finished_run_is_extended_by_saying_so(tmp_path: Path) -> None:
     assert run.status == "unfinished"
     run.check(longer)
     changes = {"train.epochs": [4.0, 6.0], "optim.decay_epochs": [[3.0], [5.0]]}
-    assert run.extensions == [{"changes": changes, "result": {"steps": 4000}}]
+    assert run.read_extensions() == [{"changes": changes, "result": {"steps": 4000}}]
     run.extend(longer)
-    assert len(run.extensions) == 1
+    assert len(run.read_extensions()) == 1
 
 
 def test_extension_that_crashed_begins_again(tmp_path: Path) -> None:
@@ -209,7 +251,7 @@ def test_extension_that_crashed_begins_again(tmp_path: Path) -> None:
         run.check(config(**{"train.epochs": 6.0}))
     run.extend(config(**{"train.epochs": 6.0}))
     run.check(config(**{"train.epochs": 6.0}))
-    assert len(run.extensions) == 1
+    assert len(run.read_extensions()) == 1
 
 
 @pytest.mark.parametrize(
@@ -270,3 +312,92 @@ def test_environment_names_versions_and_commit(monkeypatch: pytest.MonkeyPatch, 
     assert environment["commit"] == head.stdout.strip()
     monkeypatch.setenv("PATH", str(tmp_path))  # without git
     assert run_dir.environment() == environment | {"commit": "", "uncommitted_changes": False}
+
+
+@pytest.fixture
+def complete(tmp_path: Path) -> RunDir:
+    """Return the folder of a finished run."""
+    run = RunDir(tmp_path / "lrn" / "seed_0")
+    write_json(run.config_file, as_json(run_config()))
+    write_json(run.dataset_file, {"classes": 2, "class_names": ["cat", "dog"]})
+    write_json(run.environment_file, {"jax": "0.0"})
+    write_text(run.metrics_file, '{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/loss": NaN}\n')
+    np.save(run.filters_file, np.ones((2, 5, 5, 1, 4), np.float32))
+    write_json(run.by_class_file, {"class": ["cat", "dog"], "top1_error": [0.5, None]})
+    write_json(run.result_file, {"steps": 2, "eval/loss": 1.0})
+    write_json(run.failure_file, {"error": "disk full", "traceback": ""})
+    return run
+
+
+def test_undamaged_run_has_no_damages(complete: RunDir) -> None:
+    assert complete.damages() == []
+    assert complete.status == "finished"
+
+
+@pytest.mark.parametrize(
+    ("file", "without_numbers"),
+    [
+        ("config.json", False),
+        ("dataset.json", False),
+        ("metrics.jsonl", True),
+        ("filters.npy", False),
+        ("by_class.json", False),
+        ("result.json", True),
+        ("failure.json", False),
+    ],
+)
+@pytest.mark.parametrize(
+    "content", [b"\n", b"[1, 2]\n", b'{"step": 1, "other": "fields"}\n', b'{"steps": 1\n', b"\xff\xfe\x00\n"]
+)
+def test_damaged_file_is_named(complete: RunDir, file: str, without_numbers: bool, content: bytes) -> None:
+    (complete.path / file).write_bytes(content)
+    (damage,) = complete.damages()
+    assert damage.startswith(str(complete.path / file))
+    assert "must be " in damage
+    assert complete.status == ("damaged" if without_numbers else "finished")
+
+
+def test_metrics_that_end_early_are_named(complete: RunDir) -> None:
+    first, _ = complete.metrics_file.read_text().splitlines(keepends=True)
+    complete.metrics_file.write_text(first)
+    assert complete.status == "damaged"
+    (damage,) = complete.damages()
+    assert damage.startswith(f"{complete.metrics_file}: must end with step 2, as result.json does")
+
+
+def test_file_that_cannot_be_read_is_named(complete: RunDir) -> None:
+    complete.by_class_file.unlink()
+    complete.by_class_file.mkdir()
+    assert complete.undamaged(RunDir.read_by_class) is None
+    (damage,) = complete.damages()
+    assert str(complete.by_class_file) in damage
+
+
+def test_checkpoint_that_was_set_aside_is_named(complete: RunDir) -> None:
+    (complete.checkpoints / "damaged_6").mkdir(parents=True)
+    assert complete.damages() == [f"{complete.checkpoints}/damaged_6: could not be read, and was set aside; delete it"]
+
+
+def test_array_of_any_size_in_a_damaged_header_is_not_allocated(complete: RunDir) -> None:
+    content = complete.filters_file.read_bytes()
+    complete.filters_file.write_bytes(content.replace(b"(2, 5, 5, 1, 4), }", b"(2, 99999999999),}"))
+    with pytest.raises(DamagedFileError, match=r"filters.npy: cannot be read"):
+        complete.read_filters()
+
+
+def test_damaged_study_is_named_with_its_remedy(study: StudyDir) -> None:
+    study.study_file.write_text(study.study_file.read_text().replace("seeds", "seedz"))
+    with pytest.raises(DamagedFileError, match=r"study.json: must be the description of a study; re-run the study's"):
+        study.read()
+
+
+def test_only_folders_of_seeds_are_runs(study: StudyDir) -> None:
+    for name in ("seed_5_backup", "seed_", "seed_08", "seed_x", "seed_7"):
+        (study.path / "relu" / name).mkdir(parents=True)
+    assert [seed for arm, seed, _ in study.runs() if arm == "relu"] == [1, 0, 7]
+
+
+def test_workdir_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match="run: must be a folder, and is a file; choose another --workdir"):
+        RunDir(tmp_path / "run").check({})

@@ -85,15 +85,23 @@ def load(data_config: ConfigDict) -> Dataset:
                 f"data.{field}={split}: must be a split of {data_config.name}; use one of {', '.join(splits)}"
             )
 
-    def source(split: str) -> Source:
-        return splits[split] if builder is None else _PreparedSplit(builder, split)
+    def source(field: str) -> Source:
+        split = data_config[field]
+        if builder is None:
+            return splits[split]
+        try:
+            return _PreparedSplit(builder, split)
+        except ValueError as error:  # of TFDS, about the slice
+            raise ValueError(
+                f"data.{field}={split}: must be a split or a slice of one, as train[:90%]; {error}"
+            ) from None
 
-    train, evaluation = source(data_config.train_split), source(data_config.eval_split)
+    train, evaluation = source("train_split"), source("eval_split")
     validation: Source | None = None
     if holds_out:
         train, validation = _hold_out(train, data_config.validation_split)
     elif data_config.validation_split:
-        validation = source(data_config.validation_split)
+        validation = source("validation_split")
     if builder is None:
         return Dataset(train, validation, evaluation, [str(digit) for digit in range(10)], train.channels)
     class_names = builder.info.features[example_keys(builder)[1]].names

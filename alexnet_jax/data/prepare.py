@@ -1,24 +1,30 @@
 """Prepare a dataset for training.
 
-FOLDER holds your own images: train/CLASS/IMAGE, and held-out ones as val/CLASS/IMAGE or test/CLASS/IMAGE.
-NAME is cifar10, cifar100 or imagenet2012, prepared from their archives in --manual_dir, or an image classification
-dataset of the TFDS catalogue, most of which TFDS prepares with TensorFlow (pip install tensorflow-cpu).
+FOLDER holds your own images: train/CLASS/IMAGE, and held-out ones as val/CLASS/IMAGE or test/CLASS/IMAGE. Without
+these, --hold_out=0.1 holds out a tenth of each class. NAME is cifar10, cifar100 or imagenet2012, prepared from their
+archives in --manual_dir, or an image classification dataset of the TFDS catalogue, most of which TFDS prepares with
+TensorFlow (pip install tensorflow-cpu).
 
 Photos are stored as in the paper (section 2): shorter side scaled to 256 pixels, central square, in colour. If an image
-cannot be read, the command names it and makes nothing, unless --skip_bad leaves such images out.
+cannot be read, the command names it and makes nothing, unless --skip_bad leaves such images out. A dataset that exists
+stays as it is, and must be of the same images.
 """
 
 import argparse
 import collections
 import contextlib
+import dataclasses
 import io
+import itertools
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -50,89 +56,138 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
             builder=self,
             features=tfds.features.FeaturesDict({"image": image, "label": label}),
             supervised_keys=("image", "label"),
-            metadata=tfds.core.MetadataDict(),
+            metadata=tfds.core.MetadataDict(source=self._raw.source, **self._raw.identity),
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[bytes, dict[str, Any]]]]:
         return {split: self._generate_examples(split) for split in self._raw.counts}
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        count, total = 0, self._raw.counts[split]
-        task = self._progress.add_task(split, total=total)
+    def _generate_examples(self, split: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
         missing = set(range(len(self._raw.class_names)))
-        for image, encoded in self._encode_ahead(split):
-            count += 1
-            self._progress.advance(task)
-            try:
-                content = encoded.result()
-            except OSError as error:
-                name = image.content if isinstance(image.content, Path) else image.key
-                self._bad.append(f"{name}: {error}")
+        images = self._encode_ahead(split)
+        for image, encoded in images:
+            if error := encoded.exception():
+                self._record(image, error)
+                if not self._skip_bad:
+                    splits = list(self._raw.counts)
+                    later = map(self._encode_ahead, splits[splits.index(split) + 1 :])
+                    self._refuse(itertools.chain(images, *later))
             else:
                 missing.discard(image.label)
-                yield image.key, {"image": io.BytesIO(content), "label": image.label}
-        if count != total:
-            raise ValueError(f"{self.name}: must have {total} images for {split}, but has {count}; download it again")
-        refused = self._bad and not self._skip_bad
-        if missing and not refused:
+                yield os.fsencode(image.key), {"image": io.BytesIO(encoded.result()), "label": image.label}
+        if missing:
             class_names = ", ".join(self._raw.class_names[label] for label in sorted(missing))
             raise ValueError(
                 f"{self.name}: every class must have a readable image in every split, but {split} has none of "
-                f"{class_names}; add images, or delete these classes in every split"
-            )
-        if refused and split == list(self._raw.counts)[-1]:  # all bad images are named at once
-            raise ValueError(
-                f"{self.name}: every file must be an image, but {len(self._bad)} cannot be read; repair or remove "
-                "them, or give --skip_bad:\n" + "\n".join(self._bad)
+                f"{class_names}; add images, or delete these classes in every split\n" + "\n".join(self._bad)
             )
         self.info.metadata["bad_images"] = len(self._bad)
+
+    def _record(self, image: RawImage, error: BaseException) -> None:
+        """Record a bad image; raise the error if it is not about the image."""
+        if not isinstance(error, OSError):
+            raise error
+        self._bad.append(f"{image.content if isinstance(image.content, Path) else image.key}: {error}")
+
+    def _refuse(self, rest: Iterable[tuple[RawImage, Future[bytes]]]) -> NoReturn:
+        """Raise ValueError with all bad images: those of the rest, too."""
+        for image, encoded in rest:
+            if error := encoded.exception():
+                self._record(image, error)
+        raise ValueError(
+            f"{self.name}: every file must be an image, but {len(self._bad)} cannot be read; repair or remove them, or "
+            "give --skip_bad:\n" + "\n".join(self._bad)
+        )
 
     def _encode_ahead(self, split: str) -> Iterator[tuple[RawImage, Future[bytes]]]:
         """Yield every image with its encoded bytes, in order, encoded ahead by one thread per core."""
         workers = os.cpu_count() or 1
+        total = self._raw.counts[split]
+        task = self._progress.add_task(split, total=total)
         waiting: collections.deque[tuple[RawImage, Future[bytes]]] = collections.deque()
+        count = 0
         with ThreadPoolExecutor(workers) as pool:
-            for image in self._raw.read(split):
+            for count, image in enumerate(self._raw.read(split), 1):
                 waiting.append((image, pool.submit(self._encode, image.content)))
                 if len(waiting) > 4 * workers:
                     yield waiting.popleft()
+                self._progress.update(task, completed=count - len(waiting))
             yield from waiting
+        self._progress.update(task, completed=count)
+        if count != total:
+            raise ValueError(f"{self.name}: must have {total} images for {split}, but has {count}; download it again")
 
     def _encode(self, content: Path | bytes | np.ndarray) -> bytes:
         if isinstance(content, np.ndarray):
             return image_io.encode_png(content)
-        return image_io.encode_jpeg(content.read_bytes() if isinstance(content, Path) else content, self._size)
+        if isinstance(content, Path):
+            if not content.is_file():  # a FIFO would be waited for
+                raise OSError("neither a file nor a link to one")
+            content = content.read_bytes()
+        return image_io.encode_jpeg(content, self._size)
 
 
-def prepare(raw: RawDataset, size: int, data_dir: str = "", *, skip_bad: bool = False) -> Path:
+def prepare(
+    raw: RawDataset,
+    size: int,
+    data_dir: str = "",
+    *,
+    skip_bad: bool = False,
+    max_pixels: int = image_io.MAX_PIXELS,
+) -> Path:
     """Prepare a dataset, completely or not at all, and return its folder; leave an existing one unchanged.
 
     Args:
       size: side of the stored images in pixels, unless `raw` has its own.
       data_dir: folder of all datasets; empty: TFDS's default.
       skip_bad: whether to leave out images that cannot be read, and count them in the dataset's metadata.
+      max_pixels: images of more pixels are bad ones; their pixels are not read.
 
     Raises:
-      ValueError: an image cannot be read, a class has no readable image, or the raw dataset is incomplete.
+      ValueError: an image cannot be read, a class has no readable image, the raw dataset is incomplete, or the
+        existing dataset is of other images.
       OSError: the folder cannot be written, or the disk is full.
     """
     size = raw.size or size
     target = datasets.prepared_folder(raw.name, size, data_dir)
     if target.is_dir():
+        _check_same_images(target, raw)
         return target
     for incomplete in target.parent.glob("*incomplete*"):  # of a preparation that was killed
         shutil.rmtree(incomplete)
     tfds.disable_progress_bar()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console, hidden = Console(file=sys.stdout), not sys.stdout.isatty()
-    with Progress(*columns, console=console, disable=hidden, redirect_stdout=False) as progress:
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns, console=console, disable=hidden, redirect_stdout=False))
         builder = Prepared(raw, size, data_dir, skip_bad, progress)
+        stack.enter_context(image_io.pixel_limit(max_pixels))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # TFDS prints that it downloads something
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # Pillow warns of metadata and pixels that it cannot read
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads something
-                builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)
+            builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)
         except RuntimeError as error:  # raised by ArrayRecord when the disk is full
             raise OSError(f"{target}: {error}") from error
     return target
+
+
+def _check_same_images(target: Path, raw: RawDataset) -> None:
+    """Raise ValueError if a prepared dataset was made of other images; older ones recorded less."""
+    try:
+        info = tfds.builder_from_directory(target).info
+    except Exception as error:  # of any kind: TFDS's files are damaged or missing
+        raise ValueError(f"{target}: must be a complete dataset, but cannot be read ({error}); delete it") from error
+    metadata = info.metadata or {}
+    class_names = info.features["label"].names
+    images = sum(split.num_examples for split in info.splits.values()) + metadata.get("bad_images", 0)
+    identity = {key: metadata.get(key, value) for key, value in raw.identity.items()}
+    if (class_names, images, identity) != (raw.class_names, sum(raw.counts.values()), raw.identity):
+        raise ValueError(
+            f"{target}: must be of the images of {raw.source} ({sum(raw.counts.values())} of {len(raw.class_names)} "
+            f"classes), but was made of others ({images} of {len(class_names)} classes, of "
+            f"{metadata.get('source', 'an unknown folder')}); delete it, or give --name=ANOTHER"
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,25 +196,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_dir", default="", help="folder of all datasets (default: TFDS's default)")
     parser.add_argument("--manual_dir", type=Path, help="folder of archives (default: downloads/manual in --data_dir)")
     parser.add_argument("--size", type=int, default=256, help="side of the stored images in pixels (default: 256)")
+    parser.add_argument("--name", help="name of the dataset (default: that of the folder or NAME)")
+    parser.add_argument("--hold_out", type=float, help="hold out this fraction of each class of a folder, such as 0.1")
     parser.add_argument("--skip_bad", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument(
+        "--max_pixels",
+        type=int,
+        default=image_io.MAX_PIXELS,
+        help="images of more pixels are not read (default: %(default)s)",
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Prepare the dataset that the arguments name, and print how to train on it."""
-    if arguments.size < 1:
-        raise ValueError(f"--size={arguments.size}: must be at least 1; the paper has 256")
+    for flag in ("size", "max_pixels"):
+        if getattr(arguments, flag) < 1:
+            raise ValueError(f"--{flag}={getattr(arguments, flag)}: must be at least 1")
+    if arguments.hold_out is not None and not 0 < arguments.hold_out < 1:
+        raise ValueError(f"--hold_out={arguments.hold_out}: must be between 0 and 1, as 0.1 for a tenth of each class")
     root = datasets.root(arguments.data_dir)
     try:
-        raw = _raw_dataset(arguments.source, arguments.data_dir, arguments.manual_dir or root / "downloads/manual")
+        raw = _raw_dataset(arguments, arguments.manual_dir or root / "downloads/manual")
         if raw is None:
             print(f"{arguments.source}: prepared by TFDS; its images are of one size and stay unchanged")
             return
-        target = prepare(raw, arguments.size, arguments.data_dir, skip_bad=arguments.skip_bad)
+        for folder in raw.left_aside:
+            print(f"{folder}: left aside, as it has no folders of the classes")
+        skip_bad, max_pixels = arguments.skip_bad, arguments.max_pixels
+        target = prepare(raw, arguments.size, arguments.data_dir, skip_bad=skip_bad, max_pixels=max_pixels)
     except OSError as error:
         remedy = f"If the disk is full, free some space in {root}, or give another --data_dir"
         raise OSError(f"{error}\n{remedy}\nNothing was made") from error
     except ValueError as error:
         raise ValueError(f"{error}\nNothing was made") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; nothing was made") from None
     info = tfds.builder_from_directory(target).info
     counts = ", ".join(f"{split} {split_info.num_examples:,}" for split, split_info in info.splits.items())
     bad = (info.metadata or {}).get("bad_images", 0)
@@ -170,11 +241,25 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"{target}: {counts} images of {len(raw.class_names)} classes{skipped}\ntrain on it with {flags}")
 
 
-def _raw_dataset(name: str, data_dir: str, manual_dir: Path) -> RawDataset | None:
-    if Path(name).is_dir():
-        return sources.folder(Path(name))
-    if name == "imagenet2012":
-        return sources.imagenet2012(manual_dir)
-    if name in ("cifar10", "cifar100"):
-        return sources.cifar(int(name.removeprefix("cifar")), manual_dir)
-    return sources.catalogue(name, data_dir)
+def _raw_dataset(arguments: argparse.Namespace, manual_dir: Path) -> RawDataset | None:
+    """Return the dataset that the arguments name, under the name that they give; None if TFDS's files are used."""
+    source, path = arguments.source, Path(arguments.source).expanduser()
+    raw: RawDataset | None
+    if path.is_dir():
+        raw = sources.folder(path, arguments.hold_out or 0.0)
+    elif path.exists():
+        raise ValueError(f"{source}: must be a folder of images, not a file; unpack an archive first")
+    elif arguments.hold_out:
+        raise ValueError(f"--hold_out={arguments.hold_out}: must be given with a folder of images; {source} is none")
+    elif source == "imagenet2012":
+        raw = sources.imagenet2012(manual_dir)
+    elif source in ("cifar10", "cifar100"):
+        raw = sources.cifar(int(source.removeprefix("cifar")), manual_dir)
+    else:
+        raw = sources.catalogue(source, arguments.data_dir)
+    if raw is None:
+        return None
+    name = raw.name if arguments.name is None else arguments.name
+    if not re.fullmatch(r"\w+", name) or name == datasets.EMBEDDED:
+        raise ValueError(f"--name={name}: must be letters, digits and _, and not {datasets.EMBEDDED}; give another")
+    return dataclasses.replace(raw, name=name)

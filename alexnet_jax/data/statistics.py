@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ from rich.progress import track
 
 from alexnet_jax.data import loader
 from alexnet_jax.data.datasets import Dataset
-from alexnet_jax.run_dir import atomic_write
+from alexnet_jax.run_dir import DamagedFileError, atomic_write
 
 
 class Statistics(NamedTuple):
@@ -25,8 +27,8 @@ class Statistics(NamedTuple):
 
 
 def read(path: Path) -> Statistics | None:
-    """Read the statistics in a file; None if there is no such file."""
-    arrays = _read_arrays(path)
+    """Read the statistics in a file; None if there is no such file; raise DamagedFileError if it cannot be read."""
+    arrays = _read_arrays(path, Statistics._fields)
     return None if arrays is None else Statistics(**arrays)
 
 
@@ -36,8 +38,10 @@ def write(path: Path, statistics: Statistics) -> None:
 
 
 def load_or_measure(path: Path, dataset: Dataset, data_config: ConfigDict) -> Statistics:
-    """Return the statistics in a run's file, or measure and write them if there is no such file."""
-    statistics = read(path)
+    """Return the statistics in a run's file, or measure and write them if there is none, or a damaged one."""
+    statistics = None
+    with contextlib.suppress(DamagedFileError):
+        statistics = read(path)
     if statistics is None:
         statistics = measure(dataset, data_config)
         write(path, statistics)
@@ -73,8 +77,9 @@ def _stored_moments(dataset: Dataset, data_config: ConfigDict) -> tuple[np.ndarr
     held_out = data_config.validation_split if "/" in data_config.validation_split else ""
     training_images = (dataset.fingerprint, data_config.train_split, data_config.image_size, held_out)
     path = dataset.folder / f"statistics_{hashlib.sha256(repr(training_images).encode()).hexdigest()[:16]}.npz"
-    if arrays := _read_arrays(path):
-        return arrays["image"], arrays["covariance"]
+    with contextlib.suppress(DamagedFileError):
+        if arrays := _read_arrays(path, ("image", "covariance")):
+            return arrays["image"], arrays["covariance"]
     image, covariance = moments(dataset, data_config)
     with contextlib.suppress(OSError):  # a read-only folder only means that they are measured again
         _write_arrays(path, {"image": image, "covariance": covariance})
@@ -102,11 +107,14 @@ def moments(dataset: Dataset, data_config: ConfigDict) -> tuple[np.ndarray, np.n
     return mean, products / (count * data_config.image_size**2) - np.outer(mean_colour, mean_colour)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+def _read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray] | None:
     if not path.exists():
         return None
-    with np.load(path) as arrays:
-        return dict(arrays)
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            return {name: arrays[name] for name in names}
+    except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedFileError(f"{path}: cannot be read ({error}); must have the arrays {', '.join(names)}") from error
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

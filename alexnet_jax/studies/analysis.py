@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from alexnet_jax.run_dir import StudyDir
+from alexnet_jax.run_dir import DamagedFileError, RunDir, StudyDir
 
 METRICS = ("train/loss", "train/top1_error", "train_eval/top1_error", "eval/loss", "eval/top1_error", "eval/top5_error")
 # Step and epoch at which the error of the training batches first was 25 % or less (paper, section 3.1).
@@ -42,16 +42,17 @@ def load_study(study: Path | str) -> dict[str, Any]:
 def load_runs(study: Path | str) -> pd.DataFrame:
     """Return a row for each run, in the order of the study, with `COLUMNS`; errors are fractions of 1.
 
-    The folder has the runs, or the `results.csv` that was kept of them. `status` is "finished", "failed", "unfinished"
-    or "not started"; only finished runs have numbers. `CENSORED` metrics are NaN if the error was never reached.
+    The folder has the runs, or the `results.csv` that was kept of them. `status` is "finished", "failed", "unfinished",
+    "not started" or "damaged"; only finished runs have numbers. `CENSORED` metrics are NaN if the error was never
+    reached.
     """
     folder = StudyDir(study)
     if _is_summary(folder, folder.results_file):
-        return pd.read_csv(folder.results_file)
+        return _read_csv(folder.results_file)
     rows = []
     for arm, seed, run in folder.runs():
         row = {"arm": arm, "seed": seed, "status": run.status}
-        if result := run.result:
+        if row["status"] == "finished" and (result := run.result):
             reached = first_at_target(run.metrics()) or {}
             row |= result | {"steps_to_25": reached.get("step"), "epochs_to_25": reached.get("epoch")}
         rows.append(row)
@@ -66,11 +67,18 @@ def first_at_target(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def load_curves(study: Path | str) -> pd.DataFrame:
-    """Return step, epoch and metrics of each record of each run, or of the `curves.csv` that was kept of the runs."""
+    """Return step, epoch and metrics of each record of each run, or of the `curves.csv` that was kept of the runs.
+
+    A run whose records are damaged has none: `RunDir.damages` says so.
+    """
     folder = StudyDir(study)
     if _is_summary(folder, folder.curves_file):
-        return pd.read_csv(folder.curves_file)
-    rows = [{"arm": arm, "seed": seed, **line} for arm, seed, run in folder.runs() for line in run.metrics()]
+        return _read_csv(folder.curves_file)
+    rows = [
+        {"arm": arm, "seed": seed, **line}
+        for arm, seed, run in folder.runs()
+        for line in run.undamaged(RunDir.metrics) or []
+    ]
     return pd.DataFrame(rows, columns=None if rows else ["arm", "seed", "step", "epoch", *METRICS])
 
 
@@ -238,6 +246,17 @@ def tuning_notes(study: Path | str) -> dict[str, str]:
 def is_fraction(metric: str) -> bool:
     """Return whether a metric is a fraction of 1, shown in percent."""
     return metric.endswith("_error") or metric in ("generalisation_gap", *COLOUR)
+
+
+def _read_csv(file: Path) -> pd.DataFrame:
+    """Return the table that `report.write` wrote; raise DamagedFileError if the file has no such table."""
+    try:
+        table = pd.read_csv(file)
+    except ValueError as error:
+        raise DamagedFileError(f"{file}: cannot be read ({error}); must be a table of runs") from None
+    if missing := {"arm", "seed"} - set(table):
+        raise DamagedFileError(f"{file}: must be a table of runs, and has no column {' and '.join(sorted(missing))}")
+    return table
 
 
 def _is_summary(study: StudyDir, file: Path) -> bool:

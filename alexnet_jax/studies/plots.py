@@ -60,7 +60,7 @@ def plot_curves(curves: pd.DataFrame, metric: str, *, log: bool = False) -> Figu
     axes.set(xlabel="epoch", ylabel=_label(metric), yscale="log" if log else "linear")
     axes.grid(alpha=0.3, which="both")
     if axes.lines:
-        axes.legend(frameon=False)
+        _add_legend(axes)
     return figure
 
 
@@ -74,7 +74,7 @@ def plot_figure_1(curves: pd.DataFrame) -> Figure:
     axes.annotate("25 %", (1, 100 * TARGET_ERROR), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     axes.set(xlabel="epochs", ylabel="training error rate (%)", ylim=(0, None))
     if len(axes.lines) > 1:
-        axes.legend(frameon=False)
+        _add_legend(axes)
     return figure
 
 
@@ -90,9 +90,15 @@ def _unit(effect: pd.Series) -> str:
 
 def _name_rows(axes: Axes, names: list[str], xlabel: str) -> None:
     """Label the rows of a plot, the first at the top."""
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set(xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
+
+
+def _add_legend(axes: Axes) -> None:
+    """Name the lines of a plot; the name of an arm is no formula."""
+    for text in axes.legend(frameon=False).get_texts():
+        text.set_parse_math(False)
 
 
 def _by_epoch(curves: pd.DataFrame, metric: str) -> list[tuple[str, pd.DataFrame]]:

@@ -5,9 +5,12 @@ Imports neither JAX nor the model, so it works wherever the files are.
 
 import argparse
 import base64
+import functools
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import matplotlib
@@ -16,12 +19,12 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
-from rich.console import Console
 from rich.table import Table
 
+from alexnet_jax import terminal
 from alexnet_jax.data.image_io import encode_png
 from alexnet_jax.figures import filter_grid
-from alexnet_jax.run_dir import RunDir, StudyDir, read_json, write_text
+from alexnet_jax.run_dir import RunDir, StudyDir, write_text
 from alexnet_jax.studies import analysis, plots
 
 HARDEST_CLASSES = 25
@@ -41,6 +44,7 @@ _COLOURS = {
     "inconclusive": "--neutral",
     "contradicted": "--bad",
     "failed": "--bad",
+    "damaged": "--bad",
 }
 
 
@@ -61,8 +65,10 @@ def write(study: Path | str) -> None:
         if analysis.AT_EDGE in note:
             print(f"{arm}: {note}")
     for status, count in runs["status"].value_counts().items():
-        if status != "finished":
+        if status not in ("finished", "damaged"):
             print(f"{count} run(s) {status}; re-run the study's command to continue")
+    for name, damage in _damages(folder.runs()):
+        print(f"{name}: {damage}")
     print(f"{folder.results_file}  {folder.report_file}\ntensorboard --logdir {study}")
 
 
@@ -70,7 +76,7 @@ def _render(folder: StudyDir, runs: pd.DataFrame, curves: pd.DataFrame, claims: 
     """Return the report: one HTML page that needs no other file. The template leaves out sections without content."""
     study, run_dirs, path = folder.read(), folder.runs(), folder.path
     logged = [metric for metric in analysis.METRICS if metric in curves and curves[metric].notna().any()]
-    environments = [values for *_, run in run_dirs if (values := read_json(run.environment_file))]
+    environments = [values for *_, run in run_dirs if (values := run.undamaged(RunDir.read_environment))]
     activations = any("model.activation" in changes for changes in study["arms"].values())
 
     def tables(*metrics: str) -> list[Markup]:
@@ -81,13 +87,17 @@ def _render(folder: StudyDir, runs: pd.DataFrame, curves: pd.DataFrame, claims: 
         finished=(runs["status"] == "finished").sum(),
         planned=len(runs),
         claims=_table(claims, "claims") if len(claims) else None,
-        effects_plot=_svg(plots.plot_effects(analysis.claim_effects(path))) if len(claims) else None,
+        effects_plot=_svg(plots.plot_effects, analysis.claim_effects(path)) if len(claims) else None,
         error_table=_table(analysis.table(runs), "error"),
-        arms_plot=_svg(plots.plot_arms(runs)),
+        arms_plot=_svg(plots.plot_arms, runs),
         other_tables=tables("eval/top5_error", *analysis.DERIVED, "images_per_second"),
-        figure_1=_svg(plots.plot_figure_1(curves)) if activations else None,
-        curves=[_svg(plots.plot_curves(curves, name)) for name in logged]
-        + [_svg(plots.plot_curves(curves, name, log=True)) for name in logged if name.endswith("loss")],
+        figure_1=_svg(plots.plot_figure_1, curves) if activations else None,
+        curves=[_svg(plots.plot_curves, curves, name) for name in logged]
+        + [
+            _svg(functools.partial(plots.plot_curves, log=True), curves, name)
+            for name in logged
+            if name.endswith("loss")
+        ],
         filters=_filters(run_dirs),
         colour_tables=tables("colour/share", "colour/excess"),
         class_errors=_class_errors(run_dirs),
@@ -96,8 +106,13 @@ def _render(folder: StudyDir, runs: pd.DataFrame, curves: pd.DataFrame, claims: 
         tuning_notes=analysis.tuning_notes(path),
         seeds={arm: [seed for of_arm, seed, _ in run_dirs if of_arm == arm] for arm in study["arms"]},
         run_table=_table(runs.dropna(axis="columns", how="all").convert_dtypes(), "runs", is_target=True),
-        failures={run.name: failure["error"] for *_, run in run_dirs if (failure := read_json(run.failure_file))},
-        extended={run.name: run.extensions for *_, run in run_dirs if run.extensions},
+        failures=[
+            (run.name, failure["error"]) for *_, run in run_dirs if (failure := run.undamaged(RunDir.read_failure))
+        ],
+        extended={
+            run.name: extensions for *_, run in run_dirs if (extensions := run.undamaged(RunDir.read_extensions))
+        },
+        damages=_damages(run_dirs),
         environment=json.dumps(environments[0], indent=2) if environments else None,
     )
 
@@ -130,7 +145,7 @@ def _cell(value: object) -> str:
 
 def _class_errors(run_dirs: Runs) -> Markup | None:
     """Return the mean top-1 errors of the classes that are hardest for the first arm, as HTML; None without runs."""
-    by_class = [(arm, read_json(run.by_class_file)) for arm, _, run in run_dirs]
+    by_class = [(arm, run.undamaged(RunDir.read_by_class)) for arm, _, run in run_dirs]
     frames = [pd.DataFrame(classes).assign(arm=arm) for arm, classes in by_class if classes]
     if not frames:
         return None
@@ -144,23 +159,31 @@ def _class_errors(run_dirs: Runs) -> Markup | None:
 
 def _filters(run_dirs: Runs) -> dict[str, tuple[str, int]]:
     """Return the first filters of each arm's first finished run: a data URL and the width to show it at, in pixels."""
-    first: dict[str, tuple[int, RunDir]] = {}
+    first: dict[str, tuple[int, np.ndarray]] = {}
     for arm, seed, run in run_dirs:
-        if run.filters_file.exists():
-            first.setdefault(arm, (seed, run))
+        if arm not in first and (filters := run.undamaged(RunDir.read_filters)) is not None:
+            first[arm] = seed, filters
     images = {}
-    for arm, (seed, run) in first.items():
-        grid = (255 * filter_grid(np.load(run.filters_file))).round().astype(np.uint8)
+    for arm, (seed, filters) in first.items():
+        grid = (255 * filter_grid(filters)).round().astype(np.uint8)
         content = base64.b64encode(encode_png(grid)).decode()
         images[f"{arm}, seed {seed}"] = f"data:image/png;base64,{content}", MAGNIFICATION * grid.shape[1]
     return images
 
 
-def _svg(figure: Figure) -> Markup:
-    """Return a plot as SVG, in the text colour of the page instead of black."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "alexnet_jax"}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+def _damages(run_dirs: Runs) -> list[tuple[str, str]]:
+    """Return the name of a run and a sentence for each of its files that is damaged."""
+    return [(run.name, damage) for *_, run in run_dirs for damage in run.damages()]
+
+
+def _svg(plot: Callable[..., Figure], *arguments: Any) -> Markup:
+    """Return a plot as SVG, in the text colour of the page instead of black; the error, if it cannot be drawn."""
+    buffer = io.StringIO()
+    try:
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "alexnet_jax"}):
+            plot(*arguments).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    except Exception as error:  # no plot is worth the report
+        return Markup("<p>cannot be drawn: {}</p>").format(repr(error))
     svg = buffer.getvalue()
     return Markup(svg[svg.index("<svg") :].replace("#000000", "currentColor"))
 
@@ -172,7 +195,7 @@ def _print(frame: pd.DataFrame, title: str) -> None:
         printed.add_column(str(heading), justify="left" if heading in analysis.TEXT_COLUMNS else "right")
     for row in frame.itertuples(index=False):
         printed.add_row(*map(str, row))
-    Console(width=max(Console().width, 140)).print(printed)
+    terminal.console(width=140).print(printed)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,14 +22,13 @@ from typing import Any
 import filelock
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
-from rich.console import Console
 from rich.table import Table
 
-from alexnet_jax import parallel, stop, train, weights
+from alexnet_jax import parallel, stop, terminal, train, weights
 from alexnet_jax.config import as_json, flatten, run_config
 from alexnet_jax.data import datasets
 from alexnet_jax.metrics import write_layout
-from alexnet_jax.run_dir import RunDir, StudyDir, write_json
+from alexnet_jax.run_dir import DamagedFileError, RunDir, StudyDir, write_json
 from alexnet_jax.studies import report
 from alexnet_jax.studies.analysis import first_at_target
 from alexnet_jax.tools import summary
@@ -201,7 +200,7 @@ def print_plan(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> No
         size = summary.sizes(run.config, setup.dataset.classes, setup.dataset.channels)
         numbers = (f"{size['parameters']:,}", f"{size['multiply_adds']:,}", f"{setup.steps:,}")
         table.add_row(run.name, run.folder.status, *numbers)
-    Console(width=max(Console().width, 100)).print(table)
+    terminal.console(width=100).print(table)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -243,11 +242,12 @@ def _check_folders(runs: list[Run], extend: bool) -> None:
         return datasets.load(data_config)
 
     for run in runs:
-        run.folder.check(as_json(run.config), extend=extend)
-        dataset = load(FrozenConfigDict(run.config.data))
-        if run.folder.dataset_file.exists():
-            run.folder.check_dataset(dataset.metadata(run.config.data))
-        weights.check_initial(run.folder, run.config, dataset)
+        with contextlib.suppress(DamagedFileError):  # that run fails, when its turn comes, and no other
+            run.folder.check(as_json(run.config), extend=extend)
+            dataset = load(FrozenConfigDict(run.config.data))
+            if run.folder.dataset_file.exists():
+                run.folder.check_dataset(dataset.metadata(run.config.data))
+            weights.check_initial(run.folder, run.config, dataset)
 
 
 def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
@@ -306,9 +306,12 @@ def _run_or_record_failure(run: Run, extend: bool) -> bool:
             write_json(run.folder.starts_file, {"starts": run.folder.crashes + 1})
         train.train_and_evaluate(run.config, run.folder.path, run.labels)
     except Exception as error:  # whatever it is, the other runs continue
+        failure = {"error": str(error), "traceback": traceback.format_exc()}
         print(f"{run.name} failed: {error}", flush=True)
-        with contextlib.suppress(OSError):  # a disk that is full, or a folder that has vanished, may be the error
-            write_json(run.folder.failure_file, {"error": str(error), "traceback": traceback.format_exc()})
+        try:
+            write_json(run.folder.failure_file, failure)
+        except OSError as unwritten:
+            print(f"{run.name}: {unwritten}", flush=True)
         return False
     finally:
         run.folder.starts_file.unlink(missing_ok=True)

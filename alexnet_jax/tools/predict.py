@@ -16,10 +16,9 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Column, Table
 
-from alexnet_jax import checkpoint, evaluate, figures
+from alexnet_jax import checkpoint, evaluate, figures, terminal
 from alexnet_jax.data import augment, datasets, image_io, loader
 from alexnet_jax.data.datasets import Source
 from alexnet_jax.data.statistics import Statistics
@@ -27,7 +26,7 @@ from alexnet_jax.evaluate import Predictor
 from alexnet_jax.figures import Prediction
 from alexnet_jax.model import AlexNet
 from alexnet_jax.parallel import TOWER, Executor, initialize, make_executor
-from alexnet_jax.run_dir import RunDir, read_json
+from alexnet_jax.run_dir import RunDir
 
 NEIGHBOURS = 6
 
@@ -56,8 +55,9 @@ def predict(
     config = network.config.copy_and_resolve_references()
     config.eval.views = views or config.eval.views
     config.data.data_dir = config.data.data_dir if data_dir is None else data_dir
-    metadata = read_json(RunDir(run_dir).dataset_file) or {}
-    names = metadata.get("class_names") or [str(label) for label in range(network.classes)]
+    names = (RunDir(run_dir).read_dataset() or {}).get("class_names") or [
+        str(label) for label in range(network.classes)
+    ]
     images = np.stack([_read(file, config.data.image_size, network.channels) for file in files])
     executor = make_executor(config.train.executor, config.model.towers, config.eval.batch_size)
     variables, statistics = executor.place(network.variables), executor.replicate(network.known_statistics())
@@ -167,12 +167,12 @@ def main(arguments: argparse.Namespace) -> None:
         neighbours=arguments.neighbours,
         data_dir=arguments.data_dir,
     )
-    figures.save(figures.figure_4(predictions), arguments.output)
     table = Table(Column("image", overflow="fold"), "class")
     table.add_column("probability, %", justify="right")
     for file, prediction in zip(arguments.images, predictions, strict=True):
         for name, probability in zip(prediction.classes, prediction.probabilities, strict=True):
             table.add_row(str(file) if name == prediction.classes[0] else "", name, f"{100 * probability:.2f}")
         table.add_section()
-    Console().print(table)
+    terminal.console().print(table)
+    figures.save(figures.figure_4(predictions), arguments.output)
     print(arguments.output)

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
 from alexnet_jax import config as config_lib
-from alexnet_jax import model
+from alexnet_jax import model, terminal
 from alexnet_jax.data import datasets
 from alexnet_jax.optim import KERNEL
 from alexnet_jax.parallel import TOWER
@@ -140,4 +139,4 @@ def main(arguments: argparse.Namespace) -> None:
         classes, channels = dataset.classes, dataset.channels
     classes, channels = arguments.classes or classes, arguments.channels or channels
     layers = rows(run.model, classes, (run.data.crop, run.data.crop, channels))
-    Console(width=max(Console().width, 150)).print(table(layers, run.model.towers))
+    terminal.console(width=150).print(table(layers, run.model.towers))

@@ -1,8 +1,8 @@
 """One implementation to benchmark, in a process of its own: baselines.py KIND WHAT NETWORK BATCH STEPS
 
 Prints "ready" once it has compiled. For each line on standard input it runs STEPS steps and prints the seconds they
-took. At the end of the input it prints the peak memory of the process in bytes. measure.py starts it. Only what KIND
-needs is imported, because that memory counts.
+took, and the CPU seconds, user and system. At the end of the input it prints the peak memory of the process in bytes.
+measure.py starts it. Only what KIND needs is imported, because that memory counts.
 """
 
 import os
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 NETWORKS = {
     "paper": "networks.paper",
+    "one_weird_trick": "networks.one_weird_trick",
+    "torchvision": "networks.torchvision",
     "keras_tutorial_v1": "networks.keras_tutorial_v1",
     "cifar": "networks.cifar_80sec",
     "small": "base:cifar10",
@@ -127,39 +129,47 @@ def ours(network: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
     return train_step
 
 
+def pytorch_network(config: ConfigDict, classes: int) -> Any:
+    """Return a run's network as a `torch.nn.Sequential` on the CPU; its towers are groups."""
+    from torch import nn
+
+    model, pool, lrn = config.model, config.model.pool, config.model.lrn
+    normalise = partial(nn.LocalResponseNorm, lrn.n, lrn.n * lrn.alpha, lrn.beta, lrn.k)  # it divides alpha by n
+    operations: dict[str, Callable[[], Any]] = {
+        "activation": {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}[model.activation],
+        "lrn": normalise if lrn.enabled else nn.Identity,
+        "max_pool": partial(nn.MaxPool2d, pool.window, pool.stride, ceil_mode=pool.ceil),
+        "avg_pool": partial(nn.AvgPool2d, pool.window, pool.stride, ceil_mode=pool.ceil, count_include_pad=False),
+        "dropout": partial(nn.Dropout, model.dropout.rate),
+    }
+    parts: list[Any] = []
+    channels, is_flat = 3, False
+    for number, name in enumerate(model.order):
+        layer = model.layers[name]
+        features = classes if layer.features is None else layer.features
+        if layer.kind == "dense":
+            parts += [] if is_flat else [nn.Flatten()]
+            parts.append(nn.LazyLinear(features))
+            is_flat = True
+        else:
+            before, after = layer.padding
+            if before != after:
+                parts.append(nn.ZeroPad2d((before, after, before, after)))
+            padding = before if before == after else 0
+            groups = 1 if number == 0 or layer.sees == "all" else model.towers
+            parts.append(nn.Conv2d(channels, features, layer.kernel, layer.stride, padding, groups=groups))
+        channels = features
+        parts += [operations[operation]() for operation in layer.then]
+    return nn.Sequential(*parts)
+
+
 def pytorch(network: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
     """Return the same network in PyTorch, on float images: kind "pytorch-" contiguous, channels_last or compile."""
     import torch
     from torch import nn
 
     config = load_config(network, batch)
-    dropout, pool, lrn = config.model.dropout.rate, config.model.pool, config.model.lrn
-    operations = {
-        "activation": {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}[config.model.activation],
-        "lrn": partial(nn.LocalResponseNorm, lrn.n, lrn.n * lrn.alpha, lrn.beta, lrn.k) if lrn.enabled else nn.Identity,
-        "max_pool": partial(nn.MaxPool2d, pool.window, pool.stride, ceil_mode=pool.ceil),
-        "avg_pool": partial(nn.AvgPool2d, pool.window, pool.stride, ceil_mode=pool.ceil, count_include_pad=False),
-        "dropout": partial(nn.Dropout, dropout),
-    }
-    parts: list[nn.Module] = []
-    channels = 3
-    for number, name in enumerate(config.model.order):
-        layer = config.model.layers[name]
-        features = layer.features or count_classes(network)
-        if layer.kind == "dense":
-            if not any(isinstance(part, nn.Linear) for part in parts):
-                parts.append(nn.Flatten())
-            parts.append(nn.LazyLinear(features))
-        else:
-            groups = 1 if number == 0 or layer.sees == "all" else config.model.towers
-            before, after = layer.padding
-            if before != after:
-                parts.append(nn.ZeroPad2d((before, after, before, after)))
-            padding = before if before == after else 0
-            parts.append(nn.Conv2d(channels, features, layer.kernel, layer.stride, padding, groups=groups))
-        channels = features
-        parts += [operations[operation]() for operation in layer.then]
-    model: Any = nn.Sequential(*parts)
+    model = pytorch_network(config, count_classes(network))
     images, labels = noise(config, network, config.data.crop)
     x = torch.tensor(images).permute(0, 3, 1, 2).float().contiguous() / 128 - 1
     y = torch.tensor(labels).long()
@@ -299,10 +309,10 @@ def main() -> None:
     run()
     print("ready", flush=True)
     for _ in sys.stdin:
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         for _ in range(calls):
             run()
-        print(time.perf_counter() - began, flush=True)
+        print(time.perf_counter() - began, time.process_time() - cpu_began, flush=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
 
 

@@ -2,7 +2,8 @@
 
 Each baseline of a group runs in a process of its own that has compiled. They are measured interleaved, in another order
 in each repetition. Writes results.csv, a row per repetition; results.png and scaling.png; and prints
-medians. Names the libraries that are not installed, and leaves them out.
+medians. Other programs change the CPU seconds of a step less than its wall time. Rows from before they were measured
+have none, and no instruction set. Names the libraries that are not installed, and leaves them out.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
+
+from alexnet_jax.parallel import instruction_set
 
 HERE = Path(__file__).parent
 TORCH = ("pytorch-contiguous", "pytorch-channels_last", "pytorch-compile")
@@ -81,21 +84,21 @@ def measure(group: str, repetitions: int) -> list[dict[str, object]]:
     """Return a row for each repetition of each baseline of a group."""
     # Start one after the other, because compiling takes all cores.
     running = {baseline: process for baseline in GROUPS[group] if (process := start(baseline))}
-    seconds: dict[Baseline, list[float]] = {baseline: [] for baseline in running}
+    seconds: dict[Baseline, list[list[float]]] = {baseline: [] for baseline in running}
     for repetition in range(repetitions):
         # A fixed order would always run a baseline after the same other one.
         for baseline in random.Random(repetition).sample(list(running), len(running)):
             process = running[baseline]
             process.stdin.write("go\n")
             process.stdin.flush()
-            seconds[baseline].append(float(process.stdout.readline()))
+            seconds[baseline].append([float(number) / baseline.steps for number in process.stdout.readline().split()])
     rows = []
     for baseline, process in running.items():
-        kind, _, network, batch, steps = baseline
+        kind, _, network, batch, _ = baseline
         peak = int(process.communicate()[0])
-        for repetition, passed in enumerate(seconds[baseline]):
+        for repetition, (passed, cpu) in enumerate(seconds[baseline]):
             row = {"group": group, "baseline": kind, "network": network, "batch": batch, "repetition": repetition}
-            rows.append(row | {"seconds": round(passed / steps, 5), "peak_bytes": peak})
+            rows.append(row | {"seconds": round(passed, 5), "peak_bytes": peak, "cpu_seconds": round(cpu, 5)})
     return rows
 
 
@@ -121,19 +124,22 @@ def medians(results: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each baseline of a group: n, median, lowest and highest seconds of a step, and derived numbers.
 
     "ratio" is the median over that of the group's first baseline with the same network and batch, "from" and "to" the
-    range of the ratios of single repetitions. "of matmul" is the FLOP rate over that of "matmul", if the group has it.
+    range of the ratios of single repetitions; "CPU ratio" is that of the median CPU seconds.
+    "of matmul" is the FLOP rate over that of "matmul", if the group has it.
     """
     same = ["baseline", "network", "batch"]
     table = results.groupby(same, sort=False)["seconds"].agg(["count", "median", "min", "max"])
+    table["CPU s"] = results.reindex(columns=[*same, "cpu_seconds"]).groupby(same, sort=False)["cpu_seconds"].median()
     repetitions = results.set_index([*same, "repetition"])["seconds"].sort_index()
     first = results.baseline.iloc[0]
     for baseline, network, batch in table.index:
         if (first, network, batch) in table.index:
             ratios = repetitions[baseline, network, batch] / repetitions[first, network, batch]
-            table.loc[(baseline, network, batch), ["ratio", "from", "to"]] = (
+            table.loc[(baseline, network, batch), ["ratio", "from", "to", "CPU ratio"]] = (
                 table["median"][baseline, network, batch] / table["median"][first, network, batch],
                 ratios.min(),
                 ratios.max(),
+                table["CPU s"][baseline, network, batch] / table["CPU s"][first, network, batch],
             )
     if "matmul" in results.baseline.values:
         matmul = MATMUL_FLOP / table["median"].xs("matmul").iloc[0]
@@ -208,7 +214,7 @@ def main() -> None:
     results = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["group"])
     for group in [] if arguments.plot else arguments.only.split(","):
         measured = measure_startup if group == "startup" else partial(measure, group)
-        rows = pd.DataFrame(measured(arguments.repetitions))
+        rows = pd.DataFrame(measured(arguments.repetitions)).assign(instruction_set=instruction_set())
         results = pd.concat([results[results.group != group], rows], ignore_index=True)
         results.to_csv(path, index=False)
         print(f"\n{group}\n{medians(results[results.group == group]).round(3).to_string()}", flush=True)

@@ -210,3 +210,9 @@ def test_folder_of_datasets_must_be_given_where_there_is_no_home(monkeypatch: py
         ValueError, match=r"data.data_dir=~/tensorflow_datasets: must be a folder, and there is no home"
     ):
         datasets.root("")
+
+
+@pytest.mark.parametrize("split", ["train[:200%]", "train[5:5]", f"train[:{'9' * 5000}]"])
+def test_impossible_slice_names_its_field(prepared: Path, split: str) -> None:
+    with pytest.raises(ValueError, match=r"^data.train_split=train\[.*: must be a split or a slice of one"):
+        datasets.load(photos_config(prepared, train_split=split))

@@ -1,13 +1,18 @@
 """Tests of decoding, cropping and encoding image files of every kind."""
 
+import collections
 import io
+import runpy
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 
 from alexnet_jax.data import image_io
+from support import REPOSITORY
 
 RED, BLUE = (250, 10, 20), (10, 20, 250)
 
@@ -166,6 +171,109 @@ def test_png_is_lossless() -> None:
 def test_invalid_image_raises(content: bytes, message: str) -> None:
     for read in (lambda: image_io.decode(content, 3), lambda: image_io.encode_jpeg(content, 16)):
         with pytest.raises(OSError, match=message):
+            read()
+
+
+def png_with_text(key: str, value: str) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_text(key, value, zip=True)
+    return encode(two_halves(), "PNG", pnginfo=info)
+
+
+def exif_block(orientation: bytes) -> bytes:
+    """Return an EXIF block whose orientation has these bytes: type, count and value."""
+    return b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12" + orientation + bytes(4)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "content",
+    [
+        png_with_text("Raw profile type exif", "\nexif\n      12\n0008000201120003\n"),
+        png_with_text("Raw profile type exif", "\nexif\n      12\nno digits\n"),
+        encode(two_halves(), "PNG", exif=b"\0\x08\0\2\1\x12\0\3"),
+        encode(two_halves(), "JPEG", quality=95, exif=b"Exif\0\0II*\0\xff\xff\xff\xff"),
+        encode(two_halves(), "JPEG", quality=95, exif=exif_block(b"\0\x02\0\0\0\x02up\0\0")),  # text
+        encode(two_halves(), "JPEG", quality=95, exif=exif_block(b"\0\x03\0\0\0\x01\0\x63\0\0")),  # 99
+        encode(two_halves(), "WEBP", quality=100, exif=b"MM\0*\0\0\xff\xff"),
+    ],
+)
+def test_unreadable_metadata_mean_upright(content: bytes) -> None:
+    assert is_red_above_blue(image_io.resize_and_crop(image_io.decode(content, 3), 48))
+    assert is_red_above_blue(pillow_decode(image_io.encode_jpeg(content, 48)))
+
+
+def claiming_png(width: int, height: int) -> bytes:
+    """Return a PNG whose header claims a size."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    content = COLOURED["PNG"]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+def claiming_jpeg(width: int, height: int) -> bytes:
+    frame = b"\xff\xc0\x00\x11\x08"
+    start, _, rest = COLOURED["JPEG"].partition(frame)
+    return start + frame + struct.pack(">HH", height, width) + rest[4:]
+
+
+def claiming_bmp(width: int, height: int) -> bytes:
+    content = COLOURED["BMP"]
+    return content[:18] + struct.pack("<ii", width, height) + content[26:]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("claiming", [claiming_png, claiming_jpeg, claiming_bmp])
+def test_image_that_claims_too_many_pixels_is_refused_by_its_header(
+    claiming: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert is_red_above_blue(image_io.resize_and_crop(image_io.decode(claiming(60, 40), 3), 48))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("its pixels must not be read"))
+    monkeypatch.setattr(image_io.simplejpeg, "decode_jpeg", lambda *_: pytest.fail("its pixels must not be read"))
+    for content in (claiming(13_378, 13_378), claiming(65_000, 65_000)):
+        with pytest.raises(OSError, match=r"more (pixels )?than the limit of 178956970"):
+            image_io.decode(content, 3)
+        with pytest.raises(OSError, match=r"more (pixels )?than the limit of 178956970"):
+            image_io.encode_jpeg(content, 16)
+    with image_io.pixel_limit(2399), pytest.raises(OSError, match="60x40 pixels, more than the limit of 2399"):
+        image_io.encode_jpeg(claiming(60, 40), 16)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\0\0\0\x1cftypheic\0\0\0\0mif1heic", "HEIC, which .*; pip install pillow-heif"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", "HEIC, "),
+        (b"\xff\x0a\xcb\6\0\x13\x88\2", "JPEG XL, which .*; pip install pillow-jxl-plugin"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL, "),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "raw data of a camera, which .*; convert it, as with rawpy"),
+        (b'<?xml version="1.0"?><svg>', "SVG, which .* cairosvg"),
+        (b"%PDF-1.7", "PDF, which .* pdf2image"),
+        (b"\0\0\0\x14ftypqt  \0\0\0\0qt  ", "a video, "),
+        (encode(two_halves(), "TIFF", tiffinfo={254: 1}), "a reduced preview, as in raw data of a camera"),
+    ],
+)
+def test_format_that_is_not_read_is_named_with_its_remedy(content: bytes, message: str) -> None:
+    with pytest.raises(OSError, match=f"^{message}"):
+        image_io.encode_jpeg(content, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of what is damaged
+def test_mutated_files_are_read_or_named() -> None:
+    """A short form of experiments/reliability/images.py."""
+    attempt = runpy.run_path(str(REPOSITORY / "experiments" / "reliability" / "images.py"))["attempt"]
+    outcomes = collections.Counter(attempt(number).outcome for number in range(300))
+    assert set(outcomes) == {"read", "named"}, outcomes
+
+
+@pytest.mark.parametrize("error", [struct.error, SyntaxError, OverflowError, MemoryError, AssertionError, EOFError])
+def test_whatever_decoding_raises_is_a_named_bad_image(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: ImageFile.ImageFile) -> None:
+        raise error("no")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    for read in (lambda: image_io.decode(COLOURED["PNG"], 3), lambda: image_io.encode_jpeg(COLOURED["PNG"], 16)):
+        with pytest.raises(OSError, match=rf"^cannot be decoded \({error.__name__}: no\)$"):
             read()
 
 

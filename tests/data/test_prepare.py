@@ -1,8 +1,11 @@
 """Tests of the preparation of datasets: from folders, archives and the TFDS catalogue, completely or not at all."""
 
 import argparse
+import hashlib
 import io
+import os
 import re
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from alexnet_jax.data import datasets, image_io, loader, prepare, sources
 from support import run_config, run_script
@@ -110,7 +113,7 @@ def test_all_bad_images_are_named_and_nothing_is_made(photos: Path, tmp_path: Pa
     output = run(folder, f"--data_dir={tmp_path}", "--size=16", "--skip_bad")
     assert "train 40, validation 10 images of 2 classes; 3 images cannot be read and are left out" in output
     info = tfds.builder_from_directory(tmp_path / "pets" / "16px" / "1.0.0").info
-    assert info.metadata == {"bad_images": 3}
+    assert info.metadata["bad_images"] == 3
 
 
 def test_class_without_readable_images_raises(photos: Path, tmp_path: Path, run: Command) -> None:
@@ -127,12 +130,37 @@ def add_empty_class(folder: Path) -> None:
         (folder / split / "eel").mkdir()
 
 
+def one_level_deeper(folder: Path) -> None:
+    for split in ("train", "val"):
+        for above, name in (("animals", "cat"), ("plants", "dog")):
+            (folder / split / above).mkdir()
+            (folder / split / name).rename(folder / split / above / name)
+
+
+def one_class(folder: Path) -> None:
+    for split in ("train", "val"):
+        shutil.rmtree(folder / split / "dog")
+
+
+def flatten(folder: Path) -> None:
+    """Move the images of all classes of a split into its folder."""
+    for file in [file for file in folder.rglob("*") if file.is_file()]:
+        file.rename(folder / f"{file.parent.name}_{file.name}")
+    for class_folder in [path for path in folder.iterdir() if path.is_dir()]:
+        class_folder.rmdir()
+
+
+def rename_class(folder: Path, name: str) -> None:
+    for split in ("train", "val"):
+        (folder / split / "cat").rename(folder / split / name)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
             lambda folder: (folder / "val").rename(folder / "held_out"),
-            "pets: must have train/CLASS/IMAGE and .*, but has held_out, train; move",
+            "pets: must have train/CLASS/IMAGE, and .*, but has held_out, train; move .* or give --hold_out=0.1",
         ),
         (lambda folder: (folder / "train").rename(folder / "val" / "x"), "pets: must have .*, but has val; move"),
         (lambda folder: (folder / "train" / "eel").symlink_to(folder / "train" / "cat"), "'eel' has none in .*/val "),
@@ -140,12 +168,34 @@ def add_empty_class(folder: Path) -> None:
         (add_empty_class, "train/eel: must not be empty; add images, or delete"),
         (
             lambda folder: (folder / "train" / "a.jpg").touch(),
-            "train/a.jpg: must be a readable folder .*; move or delete",
+            "train/a.jpg: must be a folder, of the images of a class; move or delete",
         ),
         (
             lambda folder: (folder / "valid").symlink_to(folder / "val"),
             "must have one folder for validation, .* valid, ",
         ),
+        (
+            lambda folder: (folder / "train" / "cat" / "augmented").mkdir(),
+            "train/cat/augmented: must be an image, but is a folder; the layout is .*: move its images up, or",
+        ),
+        (one_level_deeper, "train/animals/cat: must be an image, but is a folder; the layout is train/CLASS/IMAGE"),
+        (one_class, "train: must have the folders of two classes or more, but has 'cat' only; is this the wrong level"),
+        (lambda folder: flatten(folder / "val"), "val: must have a folder for each class, not images; move them to C"),
+        (lambda folder: flatten(folder / "train"), "train: must have a folder for each class, not images; move them"),
+        (
+            lambda folder: flatten((folder / "val").rename(folder / "test")),
+            "test: must have a folder for each class, not images; move them",
+        ),
+        (
+            lambda folder: rename_class(folder, "a\nb"),
+            r"train/'a\\nb': the name of a class must be UTF-8, without line",
+        ),
+        (lambda folder: rename_class(folder, "a\x85b"), r"train/'a\\x85b': the name of a class must be"),
+        (lambda folder: rename_class(folder, "a\u2028b"), r"train/'a\\u2028b': the name of a class must be"),
+        (lambda folder: rename_class(folder, "a\x1bb"), r"train/'a\\x1bb': the name of a class must be"),
+        (lambda folder: rename_class(folder, " "), "train/' ': the name of a class must be"),
+        (lambda folder: rename_class(folder, "cat\u3000"), r"train/'cat\\u3000': the name of a class must be"),
+        (lambda folder: rename_class(folder, "caf\udce9"), r"train/'caf\\udce9': the name of a class must be UTF-8"),
     ],
 )
 def test_folder_with_wrong_layout_raises(
@@ -162,16 +212,199 @@ def test_folder_with_wrong_layout_raises(
 def test_unreadable_folder_is_named(
     photos: Path, tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    iterdir = Path.iterdir
+    scandir = os.scandir
 
-    def refuse(self: Path) -> Iterator[Path]:
-        if self.name == "dog":
+    def refuse(path: Path) -> Any:
+        if Path(path).name == "dog":
             raise PermissionError(13, "Permission denied")
-        return iterdir(self)
+        return scandir(path)
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(sources.os, "scandir", refuse)
     output = run(photos, f"--data_dir={tmp_path / 'out'}")
     assert "train/dog: must be a readable folder (Permission denied); move or delete it" in output
+
+
+def test_folder_of_other_images_under_the_same_name_is_refused(photos: Path, tmp_path: Path, run: Command) -> None:
+    """The images decide, not their place: names and sizes of files, classes and numbers."""
+    first = link_photos(photos, tmp_path / "first" / "pets")
+    output = run(first, f"--data_dir={tmp_path}", "--size=16")
+    assert run(link_photos(photos, tmp_path / "moved" / "pets"), f"--data_dir={tmp_path}", "--size=16") == output
+    other = link_photos(photos, tmp_path / "other" / "pets")
+    (other / "train" / "cat" / "0.jpg").unlink()
+    (other / "train" / "cat" / "0.jpg").write_bytes(make_jpeg((1, 2, 3)))
+    grown = link_photos(photos, tmp_path / "grown" / "pets")
+    (grown / "train" / "cat" / "new.jpg").write_bytes(make_jpeg((1, 2, 3)))
+    renamed = link_photos(photos, tmp_path / "renamed" / "pets")
+    rename_class(renamed, "lynx")
+    for folder, count in ((other, 50), (grown, 51), (renamed, 50)):
+        message = run(folder, f"--data_dir={tmp_path}", "--size=16")
+        assert (
+            f"pets/16px/1.0.0: must be of the images of {folder} ({count} of 2 classes), but was made of others "
+            f"(50 of 2 classes, of {first}); delete it, or give --name=ANOTHER\nNothing was made"
+        ) in message
+    assert f"{tmp_path}/lynxes/16px" in run(renamed, f"--data_dir={tmp_path}", "--size=16", "--name=lynxes")
+    assert list(load("lynxes", tmp_path, 16, "validation").class_names) == ["dog", "lynx"]
+
+
+def test_dataset_of_an_earlier_version_is_left_as_it_is(photos: Path, tmp_path: Path, run: Command) -> None:
+    """It has no record of its files, but of classes and numbers."""
+    output = run(photos, f"--data_dir={tmp_path}", "--size=16")
+    (tmp_path / "photos" / "16px" / "1.0.0" / "metadata.json").write_text('{"bad_images": 0}')
+    assert run(photos, f"--data_dir={tmp_path}", "--size=16") == output
+    (link_photos(photos, tmp_path / "grown" / "photos") / "train" / "cat" / "new.jpg").write_bytes(make_jpeg((1, 2, 3)))
+    message = run(tmp_path / "grown" / "photos", f"--data_dir={tmp_path}", "--size=16")
+    assert "but was made of others (50 of 2 classes, of an unknown folder)" in message
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_text("{"), lambda file: file.unlink()])
+def test_damaged_dataset_is_named(damage: Callable[[Path], object], photos: Path, tmp_path: Path, run: Command) -> None:
+    run(photos, f"--data_dir={tmp_path}", "--size=16")
+    damage(tmp_path / "photos" / "16px" / "1.0.0" / "dataset_info.json")
+    message = run(photos, f"--data_dir={tmp_path}", "--size=16")
+    assert "photos/16px/1.0.0: must be a complete dataset, but cannot be read (" in message
+    assert message.endswith("); delete it\nNothing was made")
+
+
+@pytest.mark.parametrize("name", ["mnist5k", "a/b", "", "a b"])
+def test_name_that_cannot_be_used_is_refused(name: str, photos: Path, tmp_path: Path, run: Command) -> None:
+    """The embedded dataset's name would be trained on instead."""
+    assert f"--name={name}: must be letters" in run(photos, f"--data_dir={tmp_path}", f"--name={name}")
+    if name == "mnist5k":
+        message = run(link_photos(photos, tmp_path / name), f"--data_dir={tmp_path}")
+        assert f"--name={name}: must be letters" in message
+
+
+@pytest.mark.parametrize("inside", [".", "unknown"])
+@pytest.mark.parametrize("hold_out", [False, True])
+def test_unlabelled_test_folder_is_left_aside(
+    hold_out: bool, inside: str, photos: Path, tmp_path: Path, run: Command
+) -> None:
+    folder = link_photos(photos, tmp_path / "pets")
+    shutil.copytree(folder / "val" / "cat", folder / "test" / inside)
+    if hold_out:
+        shutil.rmtree(folder / "val")
+    output = run(folder, f"--data_dir={tmp_path}", "--size=16", *(["--hold_out=0.25"] if hold_out else []))
+    assert output.startswith(f"{folder}/test: left aside, as it has no folders of the classes\n")
+    assert f"train {30 if hold_out else 40}, validation 10 images of 2 classes" in output
+
+
+@pytest.mark.parametrize("with_train", [True, False])
+def test_share_of_each_class_is_held_out(with_train: bool, photos: Path, tmp_path: Path, run: Command) -> None:
+    """Of FOLDER/train/CLASS, or of FOLDER/CLASS; the names decide, so that new images move no other class's."""
+    folder, data_dir = tmp_path / "pets", f"--data_dir={tmp_path / 'sets'}"
+    shutil.copytree(photos / "train", folder / "train" if with_train else folder)
+    assert "give --hold_out=0.1" in run(folder, data_dir, "--size=16")
+    output = run(folder, data_dir, "--size=16", "--hold_out=0.1")
+    assert "train 36, validation 4 images of 2 classes" in output
+    assert "--config.data.eval_split=validation" in output
+    info = tfds.builder_from_directory(tmp_path / "sets" / "pets" / "16px" / "1.0.0").info
+    assert info.metadata["hold_out"] == "0.1 of each class: the lowest SHA-256 of CLASS/IMAGE"
+    assert "but was made of others" in run(folder, data_dir, "--size=16", "--hold_out=0.2")
+
+    def held_out() -> set[str]:
+        images = sources.folder(folder, 0.1)
+        train, validation = ({image.key for image in images.read(split)} for split in ("train", "validation"))
+        assert not train & validation
+        return validation
+
+    before = held_out()
+    for name in ("cat", "dog"):
+        hashes = {hashlib.sha256(f"{name}/{number}.jpg".encode()).digest(): f"{number}.jpg" for number in range(20)}
+        lowest = {hashes[digest] for digest in sorted(hashes)[:2]}
+        assert {Path(key).name for key in before if name in key} == lowest
+    (folder / "train" / "dog" / "new.jpg" if with_train else folder / "dog" / "new.jpg").write_bytes(b"")
+    assert {key for key in held_out() if "cat" in key} == {key for key in before if "cat" in key}
+
+
+def test_share_that_cannot_be_held_out_is_refused(photos: Path, tmp_path: Path, run: Command) -> None:
+    for share in (0, 1, -0.1, "nan", "inf"):
+        assert f"--hold_out={float(share)}: must be between 0 and 1" in run(photos, f"--hold_out={share}")
+    assert "--hold_out=0.1: must be left out, as " in run(photos, "--hold_out=0.1", f"--data_dir={tmp_path}")
+    assert "--hold_out=0.1: must be given with a folder" in run("cifar10", "--hold_out=0.1", f"--data_dir={tmp_path}")
+    for name in ("cat", "dog"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        (tmp_path / "few" / name / "1.jpg").write_bytes(make_jpeg((1, 2, 3)))
+    message = run(tmp_path / "few", "--hold_out=0.1", f"--data_dir={tmp_path}")
+    assert "--hold_out=0.1: must leave images to train on, but " in message
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_split_without_a_readable_image_names_its_files(
+    skip_bad: bool, photos: Path, tmp_path: Path, run: Command
+) -> None:
+    folder = link_photos(photos, tmp_path / "pets")
+    for file in (folder / "train").rglob("*.jpg"):
+        file.unlink()
+        file.with_suffix(".heic").write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic")
+    (folder / "val" / "cat" / "bad.jpg").write_text("no image")
+    message = run(folder, f"--data_dir={tmp_path}", "--size=16", *(["--skip_bad"] if skip_bad else []))
+    named = re.findall(r"^/.*(?:train|val)/(?:cat|dog)/\w+\.(?:heic|jpg): .*$", message, re.MULTILINE)
+    assert len(named) == (40 if skip_bad else 41)
+    assert "HEIC, which Pillow does not read by itself; pip install pillow-heif, or convert it" in named[0]
+    assert not list((tmp_path / "pets" / "16px").iterdir())
+
+
+def test_what_is_no_regular_file_is_a_bad_image_and_not_read(photos: Path, tmp_path: Path, run: Command) -> None:
+    """A FIFO without a writer would be waited for."""
+    folder = link_photos(photos, tmp_path / "pets")
+    os.mkfifo(folder / "train" / "cat" / "fifo.jpg")
+    (folder / "train" / "cat" / "null.jpg").symlink_to("/dev/null")
+    (folder / "train" / "cat" / "loop.jpg").symlink_to("loop.jpg")
+    message = run(folder, f"--data_dir={tmp_path}", "--size=16")
+    for name in ("fifo.jpg", "null.jpg", "loop.jpg"):
+        assert f"{folder}/train/cat/{name}: neither a file nor a link to one" in message
+    assert "; 3 images cannot be read" in run(folder, f"--data_dir={tmp_path}", "--size=16", "--skip_bad")
+
+
+def test_image_of_too_many_pixels_is_a_bad_one(photos: Path, tmp_path: Path, run: Command) -> None:
+    folder = link_photos(photos, tmp_path / "pets")
+    Image.new("RGB", (200, 100)).save(folder / "train" / "cat" / "large.png")
+    message = run(folder, f"--data_dir={tmp_path}", "--size=16", "--max_pixels=19999")
+    assert "but 1 cannot be read" in message
+    assert f"{folder}/train/cat/large.png: 200x100 pixels, more than the limit of 19999" in message
+    assert "train 41" in run(folder, f"--data_dir={tmp_path}", "--size=16", "--max_pixels=20000")
+    assert "--max_pixels=0: must be at least 1" in run(folder, "--max_pixels=0")
+
+
+def test_unreadable_metadata_and_names_that_are_not_utf8_are_no_fault(
+    photos: Path, tmp_path: Path, run: Command
+) -> None:
+    folder = link_photos(photos, tmp_path / "pets")
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", "\nexif\n      12\n0008000201120003\n", zip=True)
+    Image.new("RGB", (40, 36)).save(folder / "train" / "cat" / "exported.png", pnginfo=info)
+    (folder / "train" / "cat" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(make_jpeg((1, 2, 3)))
+    assert "train 42, validation 10 images of 2 classes" in run(folder, f"--data_dir={tmp_path}", "--size=16")
+    (folder / "train" / "cat" / os.fsdecode(b"caf\xe9.gif")).write_text("no image")
+    assert f"{folder}/train/cat/caf\udce9.gif: not an image" in run(folder, f"--data_dir={tmp_path}", "--size=8")
+
+
+def test_system_files_are_no_images_nor_classes(photos: Path, tmp_path: Path, run: Command) -> None:
+    folder = link_photos(photos, tmp_path / "pets")
+    for place in (folder, folder / "train", folder / "train" / "cat"):
+        for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+            (place / name).write_text("no image")
+    assert "train 40, validation 10 images of 2 classes" in run(folder, f"--data_dir={tmp_path}", "--size=16")
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./nowhere", "/nowhere/photos", "nowhere/photos", "mnist/../x", "~/x.d"])
+def test_path_that_does_not_exist_is_not_looked_up(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Command
+) -> None:
+    def refuse(name: str, data_dir: str) -> Any:
+        pytest.fail(f"{name} is looked up")
+
+    monkeypatch.setattr(datasets, "tfds_builder", refuse)
+    message = run(source, f"--data_dir={tmp_path}")
+    assert message.startswith(f"{source}: must be a folder of images, cifar10, cifar100, imagenet2012 or a dataset of")
+    assert "there is no such folder or dataset" in message
+
+
+def test_archive_is_no_folder(photos: Path, tmp_path: Path, run: Command) -> None:
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    assert "photos.zip: must be a folder of images, not a file; unpack an archive" in run(tmp_path / "photos.zip")
+    for wrong, right in ((photos.parent, photos), (photos / "train", photos)):
+        assert f"; give {right}\n" in run(wrong, f"--data_dir={tmp_path}")
 
 
 # A file size limit of 30 kB acts like a full disk.
@@ -306,7 +539,6 @@ def test_missing_tensorflow_raises_with_remedy(tmp_path: Path, monkeypatch: pyte
     message = run("fashion_mnist", f"--data_dir={tmp_path}")
     assert "fashion_mnist: TFDS must have TensorFlow to prepare it" in message
     assert "pip install tensorflow-cpu" in message
-    assert "data.name=fashion_mnits: must be" in run("fashion_mnits", f"--data_dir={tmp_path}")
 
 
 class Stock(tfds.core.GeneratorBasedBuilder):
@@ -348,6 +580,14 @@ def test_photos_of_tfds_are_stored_again_resized(
     shapes = [{image_io.decode(example["image"], 3).shape for example in of_source} for of_source in stored]
     assert shapes[0] == {(48, 48, 3)}
     assert not shapes[0] & shapes[1]
+
+
+def test_whatever_tfds_raises_names_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Command) -> None:
+    """Datasets whose files must be downloaded by hand raise AssertionError, for example."""
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(Stock, "MANUAL_DOWNLOAD_INSTRUCTIONS", "download it")
+    monkeypatch.setattr(Stock, "_split_generators", lambda self, manager: manager.manual_dir)
+    assert "stock: TFDS cannot prepare it (AssertionError: " in run("stock", f"--data_dir={tmp_path}")
 
 
 def test_tfds_images_of_one_size_stay_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Command) -> None:

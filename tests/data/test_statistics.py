@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.config import SUBTRACT
 from alexnet_jax.data import datasets, loader, prepare, sources, statistics
+from alexnet_jax.run_dir import DamagedFileError
 from support import run_config
 
 SIZE = 24
@@ -134,3 +135,21 @@ def test_run_keeps_its_statistics(prepared: Path, tmp_path: Path) -> None:
     changed = measured._replace(mean=measured.mean + 1)
     statistics.write(path, changed)
     assert_equal(changed, statistics.load_or_measure(path, dataset, config))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x93NUMPY"])
+def test_statistics_that_cannot_be_read_are_measured_again(
+    prepared: Path, tmp_path: Path, counted_passes: list[int], content: bytes
+) -> None:
+    config, file = data_config(prepared), tmp_path / "run" / "statistics.npz"
+    dataset = datasets.load(config)
+    measured = statistics.load_or_measure(file, dataset, config)
+    assert dataset.folder is not None
+    (stored,) = dataset.folder.glob("statistics_*.npz")
+    for path in (file, stored):
+        path.write_bytes(content or path.read_bytes()[:-100])
+    with pytest.raises(DamagedFileError, match=r"statistics.npz: cannot be read .*must have the arrays mean, dev"):
+        statistics.read(file)
+    assert_equal(measured, statistics.load_or_measure(file, dataset, config))
+    assert len(counted_passes) == 2
+    assert_equal(measured, statistics.read(file))

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from alexnet_jax.run_dir import StudyDir, write_json
-from alexnet_jax.studies import analysis, report
+from alexnet_jax.run_dir import DamagedFileError, StudyDir, write_json
+from alexnet_jax.studies import analysis, plots, report
 
 Errors = dict[str, list[float]]
 MakeStudy = Callable[..., Path]
@@ -172,3 +172,65 @@ assert not {{"jax", "flax", "tensorflow", "alexnet_jax.model"}} & set(sys.module
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "no_lrn" in done.stdout
+
+
+DAMAGED_FILES = (
+    "config.json",
+    "env.json",
+    "metrics.jsonl",
+    "filters.npy",
+    "by_class.json",
+    "result.json",
+    "failure.json",
+)
+
+
+@pytest.mark.parametrize("file", DAMAGED_FILES)
+def test_damaged_file_costs_no_other_run(study: Path, capsys: pytest.CaptureFixture[str], file: str) -> None:
+    damaged = StudyDir(study).run("no_lrn", 1)
+    (damaged.path / file).write_bytes(b"\x00{<b>\n")
+    page, printed = write_page(study), capsys.readouterr().out
+    assert html.escape(str(damaged.path / file)) in page
+    assert f"no_lrn/seed_1: {damaged.path / file}" in printed
+    results = pd.read_csv(study / "results.csv")
+    without_numbers = file in ("metrics.jsonl", "result.json")
+    statuses = ["finished"] * 4 + ["damaged" if without_numbers else "finished", "finished"]
+    assert results["status"].tolist() == statuses
+    assert results["eval/top1_error"].notna().tolist() == [status == "finished" for status in statuses]
+
+
+def test_checkpoint_that_was_set_aside_is_on_the_page(study: Path) -> None:
+    (StudyDir(study).run("lrn", 1).checkpoints / "damaged_6").mkdir(parents=True)
+    assert "damaged_6: could not be read, and was set aside" in write_page(study)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("results.csv", b"\xff\n"), ("curves.csv", b""), ("results.csv", b"x\n1\n")]
+)
+def test_damaged_summary_is_named(study: Path, file: str, content: bytes) -> None:
+    report.write(study)
+    for arm in ("lrn", "no_lrn"):
+        shutil.rmtree(study / arm)
+    (study / file).write_bytes(content)
+    with pytest.raises(DamagedFileError, match=f"{file}: .*must be a table of runs"):
+        report.write(study)
+
+
+def test_plot_that_cannot_be_drawn_costs_no_report(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no <font>")
+
+    monkeypatch.setattr(plots, "plot_arms", fail)
+    page = write_page(study)
+    assert "<p>cannot be drawn: RuntimeError(&#39;no &lt;font&gt;&#39;)</p>" in page
+    assert page.count("<svg") == 5
+
+
+def test_names_are_no_markup(make_study: MakeStudy, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"[bold]lrn": [0.1, 0.2], "$\\frac$ :smile:": [0.2, 0.3]}
+    page = write_page(make_study(names, claims=[]))
+    printed = capsys.readouterr().out
+    assert "cannot be drawn" not in page
+    for name in names:
+        assert f" {name} " in printed
+        assert page.count(f">{name}</text>") == page.count("<svg")

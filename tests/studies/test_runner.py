@@ -1,6 +1,7 @@
 """A study runs what is missing, tunes its arms on images of their own, and starts nothing where an arm cannot run."""
 
 import argparse
+import errno
 import json
 import re
 import shutil
@@ -61,6 +62,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
 
     def train_and_evaluate(config: ConfigDict, workdir: Path, labels: dict[str, Any]) -> None:
         folder = RunDir(workdir)
+        folder.check(as_json(config))
         if folder.result:
             return
         calls.append((labels["arm"], workdir))
@@ -75,7 +77,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
         write_text(folder.metrics_file, "".join(json.dumps(record) + "\n" for record in records))
         error = distance + 0.1 * (config.seed == 1001)
         validation = {"validation/top1_error": error, "validation/loss": 1.0} if config.data.validation_split else {}
-        result = {"eval/top1_error": 1 - error, "eval/top5_error": 0.0, "steps": 1, "epochs": config.train.epochs}
+        result = {
+            "eval/top1_error": 1 - error,
+            "eval/top5_error": 0.0,
+            "steps": len(records),
+            "epochs": config.train.epochs,
+        }
         write_json(folder.result_file, result | validation)
 
     monkeypatch.setattr(runner.train, "train_and_evaluate", train_and_evaluate)
@@ -265,7 +272,7 @@ def test_arm_can_be_tuned_on_epochs_to_25(trained: list[tuple[str, Path]], tmp_p
     assert final is not None
     assert final.optim.learning_rate == 0.015
 
-    StudyDir(tmp_path).trial("relu", "optim.learning_rate", 0.015, 1001).metrics_file.write_text("")
+    StudyDir(tmp_path).trial("relu", "optim.learning_rate", 0.015, 1001).metrics_file.write_text('{"step": 2}\n')
     relu = runner.choices(config, tmp_path)["relu"]
     assert relu == {
         "chosen": 0.01,
@@ -285,7 +292,8 @@ def test_arm_whose_trials_all_failed_is_not_run(trained: list[tuple[str, Path]],
 def test_arm_chooses_only_after_its_last_trial(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
     config = tuned_study(0.001, 0.01)
     first, second = runner.trials(config, tmp_path, ["relu"])
-    write_json(first.folder.result_file, {"validation/top1_error": 0.5})
+    write_json(first.folder.result_file, {"steps": 2, "validation/top1_error": 0.5})
+    write_text(first.folder.metrics_file, '{"step": 2}\n')
     assert runner.choices(config, tmp_path) == {}
     write_json(second.folder.failure_file, {"error": "", "traceback": ""})
     assert runner.choices(config, tmp_path)["relu"]["chosen"] == 0.001
@@ -448,7 +456,9 @@ def test_trials_of_another_process_are_waited_for(
 @pytest.mark.slow
 def test_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuning = {"tuning.key": "optim.learning_rate", "tuning.choices": (0.5,), "tuning.epochs": 0.002}
-    write_json(tmp_path / "no_lrn" / "seed_0" / "result.json", {})
+    finished = StudyDir(tmp_path).run("no_lrn", 0)
+    write_json(finished.result_file, {"steps": 4})
+    write_text(finished.metrics_file, '{"step": 4}\n')
     before, paths = files(tmp_path), set(tmp_path.rglob("*"))
     runner.print_plan(tiny_study(**tuning), tmp_path, ["lrn", "no_lrn"])
     printed = capsys.readouterr().out
@@ -517,3 +527,32 @@ def test_arms_of_a_seed_start_alike_and_see_the_same_images() -> None:
     chex.assert_trees_all_equal(lrn, no_lrn)
     for ours, others in zip(lrn, lrn_of_another_seed, strict=True):
         assert any((one != other).any() for one, other in zip(*map(jax.tree.leaves, (ours, others)), strict=True))
+
+
+@pytest.mark.parametrize("file", ["config.json", "result.json"])
+def test_damaged_run_fails_alone(trained: list[tuple[str, Path]], tmp_path: Path, file: str) -> None:
+    study = tiny_study()
+    runner.run_study(study, tmp_path)
+    damaged = StudyDir(tmp_path).run("lrn", 0)
+    (damaged.path / file).write_text("{")
+    (StudyDir(tmp_path).run("no_lrn", 0).result_file).unlink()
+    trained.clear()
+    (failed,) = runner.run_study(study, tmp_path)
+    assert failed.arm == "lrn"
+    assert [arm for arm, _ in trained] == ["no_lrn"]
+    assert str(damaged.path / file) in StudyDir(tmp_path).report_file.read_text()
+
+
+def test_failure_that_cannot_be_written_is_printed(
+    trained: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, value: Any) -> None:
+        if path.name == "failure.json":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_json(path, value)
+
+    monkeypatch.setattr(runner, "write_json", full)
+    study = tiny_study(**{"optim.learning_rate": 2.0})
+    assert len(runner.run_study(study, tmp_path)) == 3
+    printed = capsys.readouterr().out
+    assert printed.count("failed: train/loss is nan") == printed.count("No space left on device") == 3

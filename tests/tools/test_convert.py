@@ -3,7 +3,6 @@
 import argparse
 import os
 import pickle
-import re
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -144,6 +143,17 @@ def test_npy_is_readable_with_numpy(caffe: TrainedNetwork, tmp_path: Path) -> No
     metadata = read_json(tmp_path / "net.npy.json")
     assert metadata is not None
     assert (metadata["channels"], metadata["mean"], metadata["std"]) == ("BGR", [100, 110, 120], [4, 3, 2])
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[1]", '{"std": "4"}', '{"mean": [1, "2"]}', '{"mean": {"red": 1}}', '{"mean": "net.npy.statistics.npz"}'],
+)
+def test_wrong_metadata_beside_a_npy_are_named(caffe: TrainedNetwork, tmp_path: Path, content: str) -> None:
+    convert.write_file(tmp_path / "net.npy", caffe)
+    (tmp_path / "net.npy.json").write_text(content)
+    with pytest.raises(ValueError, match=r"net.npy.*must be"):
+        convert.read_file(tmp_path / "net.npy", caffe.config)
 
 
 class MakesFolder:
@@ -475,5 +485,5 @@ def test_damaged_checkpoint_is_not_converted(trained: Path, tmp_path: Path) -> N
     arrays.write_bytes(content)
     done = command("alexnet_jax", "convert", str(run.path), str(target))
     assert done.returncode == 1
-    assert re.search("the checkpoint of step 12 (is damaged, first in|cannot be read)", done.stderr)
+    assert f"{run.checkpoints / '12'}: is damaged" in done.stderr
     assert not target.exists()

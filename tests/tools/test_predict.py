@@ -151,6 +151,29 @@ def test_held_out_images_are_left_out_where_they_are_not_there(
         run_verb(*arguments, "--neighbours=2")
 
 
+def test_class_names_are_no_markup(
+    run: Path, digits: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    named = shutil.copytree(run, tmp_path / "run")
+    names = ["[bold]", "[/red]", ":smile:", "$\\frac$", "<b>", "_x", "[link]", "{}", "%s", "\\"]
+    write_json(RunDir(named).dataset_file, {"classes": 10, "class_names": names})
+    run_verb(f"--run={named}", "--neighbours=0", f"--output={tmp_path / 'figure.png'}", str(digits[1]))
+    (prediction,) = predict.predict(named, digits[1:2])
+    printed = capsys.readouterr().out
+    for name in prediction.classes:
+        assert f" {name} " in printed
+
+
+def test_figure_that_cannot_be_written_costs_no_table(
+    run: Path, digits: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        run_verb(f"--run={run}", "--neighbours=0", f"--output={tmp_path / 'file' / 'figure.png'}", str(digits[1]))
+    assert "probability, %" in capsys.readouterr().out
+
+
 def test_bad_input_raises_before_anything_is_drawn(run: Path, digits: list[Path], tmp_path: Path) -> None:
     text = tmp_path / "text.jpg"
     text.write_text("no image")
