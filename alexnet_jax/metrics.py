@@ -108,7 +108,7 @@ class MetricWriter:
         self._metrics = PatientFile(run.metrics_file, self.log)
         former_events = sorted(run.path.glob(f"{EVENTS}.*"))
         self._events = EventFile(run.path, self.log)
-        self._scalars: tuple[int, set[str]] = 0, set()  # a step, and the names that TensorBoard has of it
+        self._named: tuple[int, set[str]] = 0, set()  # a step, and the names that TensorBoard has of it
         self._replace_events(former_events, kept, start)
 
     def _replace_events(self, former: list[Path], metrics: list[dict[str, Any]], start: int) -> None:
@@ -126,6 +126,7 @@ class MetricWriter:
             for name, value in line.items():
                 if name != "step" and (name, line["step"]) not in records:
                     self._scalar(line["step"], name, value)
+        self._named = start, {name for name, step in records if step == start}  # a run at its end draws again
         if self._events.flush():
             for file in former:
                 file.unlink()
@@ -172,13 +173,17 @@ class MetricWriter:
         return metrics
 
     def _scalar(self, step: int, name: str, value: float) -> None:
-        """Record a value for TensorBoard, once for each step."""
-        known_step, names = self._scalars
-        if step != known_step:
-            self._scalars = step, names = step, set()
-        if name not in names:
-            names.add(name)
+        if self._is_new(step, name):
             self._events.add(tensorboardX.summary.scalar(name, value), step)
+
+    def _is_new(self, step: int, name: str) -> bool:
+        """Return whether TensorBoard has nothing of this name at a step, and remember that it has from now on."""
+        known_step, names = self._named
+        if step != known_step:
+            self._named = step, names = step, set()
+        is_new = name not in names
+        names.add(name)
+        return is_new
 
     def _time_left(self, step: int) -> str:
         if self._first is None or step <= self._first[0]:
@@ -192,6 +197,8 @@ class MetricWriter:
 
     def image(self, step: int, name: str, draw: Callable[..., np.ndarray], *arguments: Any) -> None:
         """Draw an image for TensorBoard, (height, width, 3) of floats from 0 to 1; log the error if that fails."""
+        if not self._is_new(step, name):
+            return
         try:
             summary = tensorboardX.summary.image(name, draw(*arguments), dataformats="HWC")
         except Exception as error:  # no image is worth a run

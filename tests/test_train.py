@@ -7,8 +7,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +29,8 @@ from alexnet_jax.data import datasets, loader, prepare, sources, statistics
 from alexnet_jax.data.datasets import Arrays
 from alexnet_jax.data.loader import train_batches
 from alexnet_jax.metrics import MetricWriter
-from alexnet_jax.run_dir import RunDir, complete_lines, read_json
-from support import FREELY_CHANGED, REPOSITORY, TINY, random_statistics, run_config
+from alexnet_jax.run_dir import RunDir, read_json
+from support import FREELY_CHANGED, TINY, random_statistics, run_config
 
 # The first layers of a network are enough where only the loop matters, and compile faster.
 SHALLOW = TINY | {"model.order": ("conv1", "conv3", "fc8")}
@@ -271,33 +269,6 @@ def test_run_outside_the_main_thread_handles_no_signals(tmp_path: Path, whole: P
     assert result(tmp_path) == result(whole)
 
 
-@pytest.mark.slow
-def test_resume_after_kill_is_bit_identical(tmp_path: Path) -> None:
-    """Steps after the last checkpoint before kill -9 are trained and logged again."""
-    changes = {"train.epochs": 0.12, "train.checkpoint_every": 40, "train.log_every": 5, "eval.every_epochs": 0.06}
-    config = run_config(**TINY | changes)
-    command = [sys.executable, "-m", "alexnet_jax", "run", "--config=configs/base.py:embedded"]
-    command += [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
-    command += [f"--workdir={tmp_path / 'killed'}"]
-    killed, whole = tmp_path / "killed" / "base" / "seed_0", tmp_path / "whole"
-
-    def last_step() -> int:
-        lines = complete_lines(killed / "metrics.jsonl")
-        return json.loads(lines[-1])["step"] if lines else 0
-
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) as process:
-        while last_step() < 55:
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.kill()
-    assert last_step() < 120
-    assert RunDir(killed).result is None
-    subprocess.run(command, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-    assert "from step 40 to 120" in (killed / "train.log").read_text()
-    train.train_and_evaluate(config, whole)
-    assert_same_run(config, killed, whole)
-
-
 def test_run_killed_before_its_result_gets_it_from_the_last_checkpoint(
     tmp_path: Path, whole: Path, tiny: ConfigDict
 ) -> None:
@@ -305,6 +276,9 @@ def test_run_killed_before_its_result_gets_it_from_the_last_checkpoint(
     (killed / "result.json").unlink()
     train.train_and_evaluate(tiny, killed)
     assert_same_run(tiny, whole, killed)
+    events = EventAccumulator(str(killed))
+    events.Reload()
+    assert [event.step for event in events.Images("eval/most_confident_errors")] == [12]
 
 
 @pytest.mark.slow
@@ -382,7 +356,9 @@ def test_run_on_jpegs_with_every_feature_resumes_bit_identical(
     assert {"eval/top1_error", "validation/top1_error"} <= logged(tmp_path / "whole")[-1].keys()
     (averages,) = final_state(config, tmp_path / "whole").batch_stats.values()
     assert all(averages["mean"].any(axis=1))  # of both towers
-    assert read_json(tmp_path / "whole" / "dataset.json") == {
+    metadata = read_json(tmp_path / "whole" / "dataset.json")
+    assert len(metadata.pop("fingerprint")) == 16
+    assert metadata == {
         "name": "photos",
         "classes": 2,
         "class_names": ["cat", "dog"],
@@ -396,7 +372,7 @@ def test_run_on_jpegs_with_every_feature_resumes_bit_identical(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("executor", "towers"), [("vmap", 2), ("pmap", 2), ("shard_map", 1)])
+@pytest.mark.parametrize(("executor", "towers"), [("pmap", 2), ("shard_map", 1)])
 def test_images_in_memory_give_the_same_bits_as_streamed_ones(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str, towers: int
 ) -> None:
@@ -424,7 +400,7 @@ def test_images_in_memory_give_the_same_bits_as_streamed_ones(
     }
     # 50 images of 3,072 bytes; a CPU's two devices have copies in the same memory.
     needed = 50 * 32 * 32 * 3
-    copies = 1 if executor == "vmap" else 2
+    copies = 2
     budgets = {
         "on the devices": {"data.resident_bytes": copies * needed, "data.host_bytes": 0},
         "in memory": {"data.resident_bytes": copies * needed - 1, "data.host_bytes": needed},
@@ -615,13 +591,13 @@ def test_network_that_is_not_finite_is_neither_saved_nor_finished(
 
 @pytest.mark.slow
 def test_diverging_run_stops_and_keeps_its_checkpoints(tmp_path: Path) -> None:
-    changes = SHALLOW | {"optim.learning_rate": 1e20, "train.checkpoint_every": 1, "train.log_every": 4}
+    changes = SHALLOW | {"optim.learning_rate": 1e14, "train.checkpoint_every": 1, "train.log_every": 4}
     with pytest.raises(
-        FloatingPointError, match=r"params/conv1/\w+ is not finite by step 2.*lower --config.optim.learning_rate"
+        FloatingPointError, match=r"params/conv1/\w+ is not finite by step 3.*lower --config.optim.learning_rate"
     ):
         train.train_and_evaluate(run_config(**changes), tmp_path)
     assert RunDir(tmp_path).result is None
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "2"}
     assert "stopped: FloatingPointError" in (tmp_path / "train.log").read_text()
 
 

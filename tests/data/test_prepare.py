@@ -419,7 +419,8 @@ runpy.run_module("alexnet_jax", run_name="__main__")
 
 @pytest.mark.slow
 def test_full_disk_leaves_nothing_behind(photos: Path, tmp_path: Path, run: Command) -> None:
-    process = run_script(FULL_DISK, PHOTOS=str(photos), DATA=str(tmp_path))
+    # Python would write the cut bytecode of modules where other tests find it.
+    process = run_script(FULL_DISK, PHOTOS=str(photos), DATA=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
     assert process.returncode == 1
     remedy = f"If the disk is full, free some space in {tmp_path}, or give another --data_dir\nNothing was made"
     assert remedy in process.stderr
