@@ -242,6 +242,21 @@ class RunDir:
         """Return what the run's numbers depend on besides its config, or None before the start of a run."""
         return read_json(self.environment_file)
 
+    def record_environment(self, current: dict[str, Any]) -> dict[str, list[Any]]:
+        """Write what the run's numbers depend on now; what they depended on before is kept in the field "earlier".
+
+        Returns:
+          Old and new value of what has changed since the run was interrupted: allowed, but a resumed run may then
+          differ from an uninterrupted one.
+        """
+        former = self.undamaged(RunDir.read_environment) or {}
+        earlier = former.pop("earlier", [])
+        before = former or current
+        changed = {key: [before.get(key), current.get(key)] for key in sorted(before | current)}
+        changed = {key: values for key, values in changed.items() if values[0] != values[1]}
+        write_json(self.environment_file, current | {"earlier": [*earlier, former] if changed else earlier})
+        return changed
+
     def undamaged(self, read: Callable[["RunDir"], T]) -> T | None:
         """Return what a function reads of the run, or None if a file is damaged, which `damages` says."""
         try:

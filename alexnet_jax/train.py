@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -274,17 +274,17 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
     run.check_dataset(setup.dataset.metadata(config.data))
     weights.check_initial(run, config, setup.dataset)
     setup = _keep_in_memory(setup)
-    stats = setup.executor.replicate(_start(run, setup))
+    measured, notes = _start(run, setup)
+    stats = setup.executor.replicate(measured)
     executor, steps, epoch = setup.executor, setup.steps, setup.steps_per_epoch
     evaluate_all = make_evaluator(setup)
-    notes: Sequence[str] = ()
     with Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints, stop.requests() as request:
         state, progress = executor.place(init_state(setup)), Progress()
         if restored := checkpoints.restore(state):
             state, progress = restored[0], Progress.from_json(restored[1])
         elif config.train.init_from:
             initial = weights.initial(config, setup.dataset)
-            state, notes = executor.place(new_state(config, initial.variables)), initial.notes
+            state, notes = executor.place(new_state(config, initial.variables)), [*notes, *initial.notes]
             write_json(run.initial_file, initial.origin)
         with MetricWriter(run, start=progress.step, stop=steps, expected=progress.metrics) as writer:
             _log_start(run, writer, setup, progress.step)
@@ -394,8 +394,8 @@ def _spans(setup: Setup, start: int) -> Iterator[range]:
         start = stop
 
 
-def _start(run: RunDir, setup: Setup) -> Statistics:
-    """Write the files that describe a run, and return its dataset statistics."""
+def _start(run: RunDir, setup: Setup) -> tuple[Statistics, list[str]]:
+    """Write the files that describe a run, and return its dataset statistics, and what to log of its environment."""
     config, dataset = setup.config, setup.dataset
     devices = [str(device) for device in setup.executor.devices]
     write_json(run.config_file, as_json(config))
@@ -407,8 +407,10 @@ def _start(run: RunDir, setup: Setup) -> Statistics:
         "device_kind": setup.executor.devices[0].device_kind,
         "matmul_precision": config.train.matmul_precision,
     }
-    write_json(run.environment_file, environment() | executed)
-    return stats
+    changed = run.record_environment(environment() | executed)
+    return stats, [
+        f"since the interruption, {key} has changed from {old} to {new}" for key, (old, new) in changed.items()
+    ]
 
 
 def _log_start(run: RunDir, writer: MetricWriter, setup: Setup, step: int) -> None:

@@ -304,6 +304,16 @@ def test_other_classes_are_named_by_the_first_difference(tmp_path: Path) -> None
         run.check_dataset(metadata)
 
 
+def test_environments_of_a_run_are_kept(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.record_environment({"jax": "1", "cores": 2}) == {}
+    assert run.record_environment({"jax": "1", "cores": 2}) == {}
+    assert run.record_environment({"jax": "2", "cores": 2}) == {"jax": ["1", "2"]}
+    assert run.record_environment({"jax": "2", "python": "3"}) == {"cores": [2, None], "python": [None, "3"]}
+    first, second = {"jax": "1", "cores": 2}, {"jax": "2", "cores": 2}
+    assert run.read_environment() == {"jax": "2", "python": "3", "earlier": [first, second]}
+
+
 def test_environment_names_versions_and_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment = run_dir.environment()
     assert json.loads(json.dumps(environment)) == environment

@@ -250,7 +250,9 @@ def test_run_resumes_with_other_values_of_the_free_fields(
         final_state(changed, tmp_path).params, final_state(tiny, whole).params, rtol=1e-4, atol=1e-6
     )
     assert finished["eval/loss"] == pytest.approx(result(whole)["eval/loss"], rel=1e-5)
-    assert "vmap on" in (tmp_path / "train.log").read_text()
+    assert "since the interruption, executor has changed from pmap to vmap" in (tmp_path / "train.log").read_text()
+    environment = read_json(tmp_path / "env.json")
+    assert [environment["executor"], *(former["executor"] for former in environment["earlier"])] == ["vmap", "pmap"]
 
 
 @pytest.mark.usefixtures("default_handlers")
