@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import io
 import logging
 import os
 import signal
@@ -79,10 +80,10 @@ def _run_verb(name: str, argv: list[str]) -> None:
 
 
 class _Output:
-    """Standard output that is silent from when its reader is gone, as in `| head`: no run fails of it."""
+    """Standard output that is silent where it is closed or its reader is gone, as in `| head`: no run fails of it."""
 
     def __init__(self, stream: Any):
-        self._stream = stream
+        self._stream = io.StringIO() if stream is None else stream
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

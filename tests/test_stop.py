@@ -104,6 +104,15 @@ def test_interrupted_start_has_no_traceback() -> None:
     assert errors == "alexnet-jax run: interrupted\nre-run the command to resume\n"
 
 
+def test_absent_standard_output_fails_no_command() -> None:
+    """As of `>&-`."""
+    script = "from alexnet_jax import __main__ as m; m._run_verb = lambda *_: print('text'); m.run_verb('run', [])"
+    done = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, script], cwd=REPOSITORY, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 CLOSED = """
 import sys
 from alexnet_jax import __main__

@@ -346,7 +346,7 @@ def main(arguments: argparse.Namespace) -> None:
         if not study.train.init_from:
             raise ValueError("--new_head: must come with --init_from; without it, all layers start anew")
         study.train.new_head = True
-    only = arguments.only.split(",") if arguments.only else []
+    only = [arm for arm in arguments.only.split(",") if arm]
     parallel.initialize(study.model.towers)
     if arguments.dry_run:
         print_plan(study, workdir, only)
