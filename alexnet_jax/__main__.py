@@ -58,6 +58,7 @@ def run_verb(name: str, argv: list[str]) -> None:
 
 
 def _run_verb(name: str, argv: list[str]) -> None:
+    """Parse a verb's command line, and run it."""
     module = importlib.import_module(VERBS[name].module)  # only this verb's: `--help` and `report` start at once
     parser = argparse.ArgumentParser(
         prog=f"alexnet-jax {name}",
@@ -80,7 +81,7 @@ def _run_verb(name: str, argv: list[str]) -> None:
 
 
 class _Output:
-    """Standard output that is silent where it is closed or its reader is gone, as in `| head`: no run fails of it."""
+    """Standard output that drops text, instead of failing a run, once it is closed, as by `| head`."""
 
     def __init__(self, stream: Any):
         self._stream = io.StringIO() if stream is None else stream

@@ -74,8 +74,8 @@ class Progress:
 class MetricWriter:
     """The records of one run under the same names everywhere; a context manager.
 
-    Earlier records of steps after `start` are dropped, because these steps, up to `stop`, are done again. What cannot
-    be written neither stops nor delays the run: it is said once, and written later if that is possible.
+    Earlier records of steps after `start` are dropped, because these steps, up to `stop`, are done again. Write
+    errors neither stop nor delay the run: they are logged once, and the records are written later if possible.
     """
 
     def __init__(self, run: RunDir, *, start: int, stop: int, expected: dict[str, float] | None = None):

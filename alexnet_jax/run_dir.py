@@ -146,7 +146,7 @@ class RunDir:
         self.extended_file = self.path / "extended.json"  # what changed each time that a finished run was extended
         self.result_file = self.path / "result.json"  # the final metrics; exists only if the run is finished
         self.failure_file = self.path / "failure.json"  # the error that ended a failed run
-        self.starts_file = self.path / "starts.json"  # how often the run was started without an end: by crashes
+        self.starts_file = self.path / "starts.json"  # the number of starts since the last end that was no crash
         self.checkpoints = self.path / "checkpoints"
 
     @property
@@ -353,7 +353,7 @@ class RunDir:
 
     @property
     def crashes(self) -> int:
-        """How often the process has crashed in this run since the run last ended by itself."""
+        """The number of starts in a row that ended in a crash of the process."""
 
         def read(run: RunDir) -> dict[str, Any] | None:
             return read_json(run.starts_file, valid=lambda values: isinstance(values["starts"], int))

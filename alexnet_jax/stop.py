@@ -26,20 +26,20 @@ class Request:
         self._event = threading.Event()
 
     def make(self, number: int) -> None:
-        """Ask for a stop, as the signal of this number does."""
+        """Request a stop, as the signal of this number does."""
         self.number = number
         self._event.set()
 
     def is_set(self) -> bool:
-        """Return True if somebody asked for a stop."""
+        """Return True if a stop is requested."""
         return self._event.is_set()
 
     def wait(self, seconds: float) -> None:
-        """Wait for some seconds, or until somebody asks for a stop."""
+        """Wait for some seconds, or until a stop is requested."""
         self._event.wait(seconds)
 
     def obey(self, message: str) -> None:
-        """Raise `Stopped` if somebody asked for a stop."""
+        """Raise `Stopped` if a stop is requested."""
         if self.number is not None:
             raise Stopped(message, self.number)
 
@@ -52,7 +52,7 @@ def requests() -> Iterator[Request]:
     """Yield the stop request that SIGINT, SIGTERM and SIGHUP make; that of the outermost context, if they are nested.
 
     A second signal, after `FORCED_AFTER` seconds, acts as it would without this. Outside the main thread, which alone
-    receives signals, nobody asks.
+    receives signals, no stop is requested.
     """
     global _outermost
     if threading.current_thread() is not threading.main_thread():

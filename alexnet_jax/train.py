@@ -19,12 +19,12 @@ from alexnet_jax import figures, model, optim, stop, weights
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import SECTIONS, as_json, validate
 from alexnet_jax.data import augment, datasets, statistics
-from alexnet_jax.data.datasets import Arrays, Dataset, Resident, locate
+from alexnet_jax.data.datasets import Arrays, Dataset, Resident, origin
 from alexnet_jax.data.loader import keep_in_memory, resident_train_batches, train_batches
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.evaluate import Outcomes, evaluate, make_predictor, per_example_metrics
 from alexnet_jax.metrics import MetricWriter, Progress, Timer, profiled
-from alexnet_jax.parallel import DATA, TOWER, Executor, global_positions, make_executor
+from alexnet_jax.parallel import DATA, TOWER, Executor, global_positions, instruction_set, make_executor
 from alexnet_jax.run_dir import RunDir, atomic_write, environment, write_json
 
 STEPS_PER_DISPATCH = 25  # on accelerators
@@ -65,7 +65,7 @@ class Setup:
     @property
     def images_on_devices(self) -> jax.Array | None:
         """The images that training selects from, uint8, if they are on the devices."""
-        arrays, _ = locate(self.dataset.train)
+        arrays = origin(self.dataset.train)
         return arrays.on_devices if isinstance(arrays, Resident) else None
 
     @property
@@ -324,12 +324,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                             error = scores["validation/top1_error"]
                             progress.plateau = progress.plateau.after(error, config.optim.plateau)
                         writer.image(step, f"{config.model.order[0]}/filters", figures.filter_grid, filters)
-                if due.save or request.is_set():
+                stopping = request.is_set()  # asked once: a later signal finds no checkpoint of this step
+                if due.save or stopping:
                     with timer.paused(state):
                         _check_finite(flatten_dict(jax.device_get(state.variables), sep="/"), step)
                         writer.flush()
                         checkpoints.save(step, state, dataclasses.asdict(progress))
-                if not last:
+                if stopping and not last:
                     request.obey(f"{run.path}: stopped at step {step} of {steps}; a checkpoint is saved")
             outcomes = outcomes or evaluate_all(state, stats)
             _write_artifacts(run, writer, setup, outcomes["eval"], _first_kernel(state, config))
@@ -363,7 +364,7 @@ def _dispatch(setup: Setup, start: int) -> tuple[Callable[..., State], list[rang
 
 
 class _Due(NamedTuple):
-    """What follows a step."""
+    """Whether to log, evaluate and save after a step."""
 
     log: bool
     evaluate: bool
@@ -371,7 +372,7 @@ class _Due(NamedTuple):
 
 
 def _due(setup: Setup, step: int) -> _Due:
-    """Return what follows a step, counted from 1; everything follows the last one."""
+    """Return whether to log, evaluate and save after a step, counted from 1; all of it after the last one."""
     config, last = setup.config, step == setup.steps
     return _Due(
         log=last or step % config.train.log_every == 0,
@@ -405,6 +406,7 @@ def _start(run: RunDir, setup: Setup) -> tuple[Statistics, list[str]]:
         "executor": setup.executor.name,
         "devices": devices,
         "device_kind": setup.executor.devices[0].device_kind,
+        "instruction_set": instruction_set(),  # on which the rounding of first layers depends
         "matmul_precision": config.train.matmul_precision,
     }
     changed = run.record_environment(environment() | executed)
@@ -423,8 +425,7 @@ def _log_start(run: RunDir, writer: MetricWriter, setup: Setup, step: int) -> No
         f"trains on {len(dataset.train):,} images of {config.data.name}; eval/ is on the {len(dataset.evaluation):,} "
         f"of {config.data.eval_split}{validation}"
     )
-    arrays, _ = locate(dataset.train)
-    where = {Resident: "on the devices", Arrays: "in memory"}.get(type(arrays), "streamed")
+    where = {Resident: "on the devices", Arrays: "in memory"}.get(type(origin(dataset.train)), "streamed")
     for extension in run.read_extensions():
         changes = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in extension["changes"].items())
         writer.log(f"was finished after {extension['result']['steps']} steps and extended: {changes}")

@@ -163,10 +163,12 @@ def read_file(path: Path, config: ConfigDict) -> TrainedNetwork:
     elif "mean" in metadata:
         config.data.update(subtract="mean", mean=tuple(metadata["mean"][::order]))
     network = from_grouped(config, params)
-    class_names = metadata.get("class_names") or datasets.known_class_names(config.data.name)
-    if class_names is None or len(class_names) != network.classes:
+    class_names = metadata.get("class_names")
+    if not class_names and config.data.name == "imagenet2012":
+        class_names = datasets.imagenet_class_names()
+    if class_names and len(class_names) != network.classes:
         class_names = None
-    return network._replace(statistics=measured, class_names=class_names)
+    return network._replace(statistics=measured, class_names=class_names or None)
 
 
 def _suffix(path: Path) -> str:

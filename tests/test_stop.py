@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -80,6 +81,12 @@ def test_other_threads_are_not_asked() -> None:
         assert not thread.submit(make).result()
 
 
+def start(script: str) -> subprocess.Popen[str]:
+    """Run Python code in another process, with pipes for its output and errors."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, **pipes)
+
+
 VERB = """
 import sys, time
 from alexnet_jax import __main__, config
@@ -93,9 +100,7 @@ __main__.run_verb("run", [])
 
 def test_interrupted_start_has_no_traceback() -> None:
     """Before a study has begun, as while its modules are imported."""
-    with subprocess.Popen(
-        [sys.executable, "-c", VERB], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with start(VERB) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
         process.send_signal(signal.SIGINT)
@@ -127,9 +132,7 @@ __main__.run_verb("run", [])
 
 def test_closed_standard_output_fails_no_command() -> None:
     """As of `| head -1`."""
-    with subprocess.Popen(
-        [sys.executable, "-c", CLOSED], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with start(CLOSED) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "0\n"
         process.stdout.close()

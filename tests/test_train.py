@@ -22,7 +22,7 @@ import pytest
 from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alexnet_jax import evaluate, metrics, stop, train
+from alexnet_jax import evaluate, metrics, parallel, stop, train
 from alexnet_jax.checkpoint import Checkpoints, load_run
 from alexnet_jax.config import as_json
 from alexnet_jax.data import datasets, loader, prepare, sources, statistics
@@ -134,6 +134,7 @@ def test_metrics_are_logged_under_their_names(whole: Path) -> None:
     environment = read_json(whole / "env.json")
     assert environment["executor"] == "pmap"
     assert environment["jax"] == jax.__version__
+    assert environment["instruction_set"] == parallel.instruction_set()
     assert "step 12/12" in (whole / "train.log").read_text()
 
 
@@ -253,6 +254,27 @@ def test_run_resumes_with_other_values_of_the_free_fields(
     assert "since the interruption, executor has changed from pmap to vmap" in (tmp_path / "train.log").read_text()
     environment = read_json(tmp_path / "env.json")
     assert [environment["executor"], *(former["executor"] for former in environment["earlier"])] == ["vmap", "pmap"]
+
+
+@pytest.mark.usefixtures("default_handlers")
+def test_signal_after_the_last_chance_to_save_waits_for_the_next_step(
+    tmp_path: Path, tiny: ConfigDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run says that a checkpoint is saved only if it is."""
+    is_set = stop.Request.is_set
+    asked: list[bool] = []
+
+    def ask_and_request(self: stop.Request) -> bool:
+        asked.append(is_set(self))
+        if len(asked) == 7:
+            self.make(signal.SIGTERM)
+        return asked[-1]
+
+    monkeypatch.setattr(stop.Request, "is_set", ask_and_request)
+    monkeypatch.setattr(train, "_due", lambda *_: train._Due(log=False, evaluate=False, save=False))
+    with pytest.raises(stop.Stopped, match="stopped at step 8 of 12; a checkpoint is saved"):
+        train.train_and_evaluate(tiny, tmp_path)
+    assert [path.name for path in RunDir(tmp_path).checkpoints.iterdir()] == ["8"]
 
 
 @pytest.mark.usefixtures("default_handlers")
@@ -384,7 +406,7 @@ def test_images_in_memory_give_the_same_bits_as_streamed_ones(
     read = loader.read
 
     def count_reads(source: datasets.Source, positions: np.ndarray, size: int) -> loader.Batch:
-        if not isinstance(datasets.locate(source)[0], Arrays):
+        if not isinstance(datasets.origin(source), Arrays):
             reads.extend(positions)
         return read(source, positions, size)
 

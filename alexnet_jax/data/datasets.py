@@ -75,6 +75,7 @@ def load(data_config: ConfigDict) -> Dataset:
       ValueError: the dataset or one of its splits is missing or incomplete.
     """
     builder = None if data_config.name == EMBEDDED else _prepared_builder(data_config)
+    stamps = [] if builder is None else _stamps(builder)
     splits = _mnist5k() if builder is None else builder.info.splits
     holds_out = "/" in data_config.validation_split  # "1/N", in contrast to the name of a split
     for field in ("train_split", "eval_split", "validation_split"):
@@ -90,7 +91,7 @@ def load(data_config: ConfigDict) -> Dataset:
         if builder is None:
             return splits[split]
         try:
-            return _PreparedSplit(builder, split)
+            return _PreparedSplit(builder, split, stamps)
         except ValueError as error:  # of TFDS, about the slice
             raise ValueError(
                 f"data.{field}={split}: must be a split or a slice of one, as train[:90%]; {error}"
@@ -105,16 +106,13 @@ def load(data_config: ConfigDict) -> Dataset:
     if builder is None:
         return Dataset(train, validation, evaluation, [str(digit) for digit in range(10)], train.channels)
     class_names = builder.info.features[example_keys(builder)[1]].names
-    fingerprint = hashlib.sha256(json.dumps([class_names, _stamps(builder)]).encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(json.dumps([class_names, stamps]).encode()).hexdigest()[:16]
     return Dataset(train, validation, evaluation, class_names, train.channels, Path(builder.data_dir), fingerprint)
 
 
-@functools.cache
-def known_class_names(name: str) -> list[str] | None:
-    """Return the names of a dataset's classes that are known without the dataset: of ImageNet, the WordNet IDs."""
-    return (
-        tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split() if name == "imagenet2012" else None
-    )
+def imagenet_class_names() -> list[str]:
+    """Return the WordNet IDs of ImageNet's classes, in the order of TFDS's labels; they need no dataset."""
+    return (tfds.core.tfds_path("datasets/imagenet2012") / "labels.txt").read_text().split()
 
 
 def root(data_dir: str) -> Path:
@@ -230,8 +228,8 @@ def _checksum(file: Path, time: int) -> int:
 class _PreparedSplit:
     """The examples of a split of a prepared dataset; equal to another of the same files."""
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
-        self._identity = (str(builder.data_dir), split, *_stamps(builder))
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, stamps: Sequence[tuple[str, int, int]]):
+        self._identity = (str(builder.data_dir), split, *stamps)
         self._name = f"{builder.info.full_name}, {split}"
         self._image, self._label = example_keys(builder)
         self.channels = builder.info.features[self._image].shape[-1]
@@ -258,8 +256,7 @@ class Subset:
     """The examples of a source at some positions; a subset of a subset is one of its source."""
 
     def __init__(self, source: Source, positions: np.ndarray):
-        self.source, self.positions = locate(source)
-        self.positions = self.positions[positions]
+        self.source, self.positions = locate(source, positions)
         self.channels = source.channels
 
     def __len__(self) -> int:
@@ -272,9 +269,14 @@ class Subset:
         return f"subset of {self.source}"
 
 
-def locate(source: Source) -> tuple[Source, np.ndarray]:
-    """Return where the examples of a source are: the source that is no subset, and their positions in it."""
-    return (source.source, source.positions) if isinstance(source, Subset) else (source, np.arange(len(source)))
+def origin(source: Source) -> Source:
+    """Return the source itself, or of a subset the source that it is taken from."""
+    return source.source if isinstance(source, Subset) else source
+
+
+def locate(source: Source, positions: np.ndarray) -> tuple[Source, np.ndarray]:
+    """Return the `origin` of a source, and where in it the examples at some positions of the source are."""
+    return origin(source), source.positions[positions] if isinstance(source, Subset) else positions
 
 
 def subsample(source: Source, count: int) -> Source:

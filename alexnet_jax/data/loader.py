@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rich.progress import track
 
 from alexnet_jax.data import image_io
-from alexnet_jax.data.datasets import Arrays, Dataset, Resident, Source, Subset, locate
+from alexnet_jax.data.datasets import Arrays, Dataset, Resident, Source, Subset, locate, origin
 from alexnet_jax.parallel import Executor
 
 Batch = dict[str, Any]  # "image": uint8 (batch, image_size, image_size, channels), "label": int32 (batch,)
@@ -39,7 +39,7 @@ def keep_in_memory(dataset: Dataset, data_config: ConfigDict, executor: Executor
     """
     size = data_config.image_size
     sources = [dataset.train, dataset.evaluation, *([dataset.validation] if dataset.validation else [])]
-    files = tuple(dict.fromkeys(locate(source)[0] for source in sources))
+    files = tuple(dict.fromkeys(map(origin, sources)))
     needed = sum(len(source) * size**2 * source.channels for source in files)
     copies = len(executor.devices) if executor.platform == "cpu" else 1  # in the same memory
     if copies * needed <= data_config.resident_bytes:
@@ -105,11 +105,10 @@ def resident_train_batches(
 
     Each is {"position", of the images, and "label"}: int32 (batch, steps). The images are those of `train_batches`.
     """
-    arrays, rows = locate(source)
-    assert isinstance(arrays, Arrays)
     for span in spans:
         steps = [_train_positions(len(source), config.train.batch_size, seed, step) for step in span]
-        positions = rows[np.stack(steps, axis=1)]
+        arrays, positions = locate(source, np.stack(steps, axis=1))
+        assert isinstance(arrays, Arrays)
         yield {"position": positions.astype(np.int32), "label": arrays.labels[positions].astype(np.int32)}
 
 
@@ -130,11 +129,10 @@ def all_batches(source: Source, config: ConfigDict, size: int) -> Iterator[Batch
 
     The "image" of a resident source is a `Selection`.
     """
-    arrays, rows = locate(source)
-    chunks = _chunks(len(source), size)
+    arrays, chunks = origin(source), _chunks(len(source), size)
     if isinstance(arrays, Resident):
         for chunk in chunks:
-            positions = np.pad(rows[chunk], (0, size - len(chunk)))
+            positions = np.pad(locate(source, chunk)[1], (0, size - len(chunk)))
             labels = arrays.labels[positions].astype(np.int32)
             mask = np.arange(size) < len(chunk)
             yield {"image": Selection(arrays.on_devices, positions), "label": labels, "mask": mask}
@@ -151,9 +149,8 @@ def all_batches(source: Source, config: ConfigDict, size: int) -> Iterator[Batch
 
 def read(source: Source, positions: np.ndarray, size: int) -> Batch:
     """Read examples, resized and cropped to `size` x `size` pixels; raise ValueError if an image is damaged."""
-    arrays, rows = locate(source)
+    arrays, chosen = locate(source, positions)
     if isinstance(arrays, Arrays) and arrays.images.shape[1:3] == (size, size):
-        chosen = rows[positions]
         return {"image": arrays.images[chosen], "label": arrays.labels[chosen].astype(np.int32)}
     images = np.empty((len(positions), size, size, source.channels), np.uint8)
     labels = np.empty(len(positions), np.int32)

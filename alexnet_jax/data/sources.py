@@ -239,7 +239,7 @@ def imagenet2012(manual_dir: Path) -> RawDataset:
     }
     # TFDS's lists: classes in the order of its labels, and the classes of the validation images in the order of names.
     lists = tfds.core.tfds_path("datasets/imagenet2012")
-    class_names = (lists / "labels.txt").read_text().split()
+    class_names = datasets.imagenet_class_names()
     validation_classes = (lists / "validation_labels.txt").read_text().split()
 
     def read(split: str) -> Iterator[RawImage]:

@@ -271,10 +271,11 @@ def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
 def _run_all(runs: list[Run], request: stop.Request, extend: bool, *, wait: bool = False) -> list[Run]:
     """Run what is not finished, and return what failed; with `wait`, when runs of other processes have ended, too."""
     failed = []
-    for run in runs:
-        if run.folder.crashes >= CRASHES:
-            print(f"{run.name} has crashed {run.folder.crashes} times: it is left to the end", flush=True)
-    runs = sorted(runs, key=lambda run: run.folder.crashes >= CRASHES)
+    crashes = {run.name: run.folder.crashes for run in runs}
+    for name, count in crashes.items():
+        if count >= CRASHES:
+            print(f"{name} has crashed {count} times: it is left to the end", flush=True)
+    runs = sorted(runs, key=lambda run: crashes[run.name] >= CRASHES)
     while runs:
         busy = []
         for run in runs:

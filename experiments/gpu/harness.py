@@ -1,4 +1,4 @@
-"""What the pieces share: timing, other processes, and training steps that are ready to be timed."""
+"""Timing, child processes and compiled training steps for the measurements of pieces.py."""
 
 import argparse
 import contextlib
@@ -32,7 +32,7 @@ _SETUPS = itertools.count(1)
 
 
 class Context:
-    """What all pieces share: where results go, sizes, and how pieces.py is started again."""
+    """Options that all pieces share: the output, the sizes and the command line."""
 
     def __init__(self, options: argparse.Namespace):
         self.tiny, self.data_dir, self.on_cpu = options.tiny, options.data_dir, options.card == "cpu"
@@ -48,7 +48,7 @@ class Context:
 
     @contextlib.contextmanager
     def attempt(self, what: str, **labels: Any) -> Iterator[None]:
-        """Record the error of a measurement, and go on."""
+        """Record the error of a measurement instead of raising it."""
         try:
             yield
         except Exception as error:
@@ -239,13 +239,13 @@ def matmul(context: Context, precision: str) -> tuple[Steps, float]:
     return steps, 2.0 * side**3
 
 
-def interleaved(context: Context, contestants: dict[Any, Callable[[], float]]) -> dict[Any, list[float]]:
-    """Return the seconds of each repetition of each contestant; one that fails is left out, with a row that says so."""
-    seconds: dict[Any, list[float]] = {key: [] for key in contestants}
+def interleaved(context: Context, timed: dict[Any, Callable[[], float]]) -> dict[Any, list[float]]:
+    """Return the seconds of each repetition of each baseline; one that fails is left out and recorded as failed."""
+    seconds: dict[Any, list[float]] = {key: [] for key in timed}
     for repetition in range(context.repetitions):
         for key in random.Random(repetition).sample(list(seconds), len(seconds)):
             with context.attempt(f"run {key}"):
-                seconds[key].append(contestants[key]())
+                seconds[key].append(timed[key]())
                 continue
             del seconds[key]
     return seconds
@@ -254,7 +254,7 @@ def interleaved(context: Context, contestants: dict[Any, Callable[[], float]]) -
 def report_steps(
     context: Context, seconds: dict[str, list[float]], config: ConfigDict, reference: str, **labels: Any
 ) -> None:
-    """Record milliseconds and images per second of each contestant, and its time over that of the reference."""
+    """Record milliseconds and images per second of each baseline, and its time over that of the reference."""
     for name, values in seconds.items():
         context.results.samples(f"step: {name}", [1000 * value for value in values], "ms", **labels)
         rates = [config.train.batch_size / value for value in values]

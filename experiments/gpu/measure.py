@@ -2,7 +2,7 @@
 
 A job is a process of its own (pieces.py) with a time limit; "step" names all jobs whose name begins with that word.
 Each result is a row that is appended to the output at once. A job that failed or ran out of time has a row that says
-so, and the next one starts. Run the command again to go on: jobs that were finished with the same card and commit are
+so, and the next one starts. Run the command again to resume: jobs that were finished with the same card and commit are
 skipped. `--list` prints all jobs; README.md says what they answer.
 """
 

@@ -1,6 +1,6 @@
 """The measurements of measure.py, which starts this in a process of its own for each job and gives it the path.
 
-A measurement that fails is recorded with its error, and the next one goes on. Some pieces start this file again, as
+A measurement that fails is recorded with its error, and the next one starts. Some pieces start this file again, as
 another framework, backend or process.
 """
 
@@ -312,18 +312,18 @@ def step(context: Context, network: str, batch_size: str) -> None:
     config = configure(context, network, batch, "tensorfloat32")
     flop = flop_per_image(config, network)
     context.results.add("training step, FLOPs of one image", flop, "FLOP", network=network)
-    precisions, contestants = ("tensorfloat32", "bfloat16"), {}
+    precisions, timed = ("tensorfloat32", "bfloat16"), {}
     try:
         for precision in precisions:
-            for name, seconds in our_contestants(context, network, batch, precision).items():
-                contestants[name, precision] = seconds
+            for name, seconds in our_baselines(context, network, batch, precision).items():
+                timed[name, precision] = seconds
         for precision in precisions:
-            for name, seconds in pytorch_contestants(context, peer, network, batch, precision).items():
-                contestants[name, precision] = seconds
+            for name, seconds in pytorch_baselines(context, peer, network, batch, precision).items():
+                timed[name, precision] = seconds
             with context.attempt("matmul", dtype=precision):
                 product, product_flop = matmul(context, precision)
-                contestants["matmul", precision] = product.seconds
-        measured = interleaved(context, contestants)
+                timed["matmul", precision] = product.seconds
+        measured = interleaved(context, timed)
     finally:
         peer.close()
         cache.cleanup()
@@ -341,7 +341,7 @@ def step(context: Context, network: str, batch_size: str) -> None:
             report_memory(context, configure(context, network, batch, precision), **labels)
 
 
-def our_contestants(context: Context, network: str, batch: int, precision: str) -> dict[str, Callable[[], float]]:
+def our_baselines(context: Context, network: str, batch: int, precision: str) -> dict[str, Callable[[], float]]:
     """Return our training steps, compiled: as it is, several a dispatch for small networks, and nondeterministic."""
     labels: dict[str, Any] = {"network": network, "batch": batch, "dtype": precision}
     config, built = configure(context, network, batch, precision), {}
@@ -361,7 +361,7 @@ def our_contestants(context: Context, network: str, batch: int, precision: str) 
     return built
 
 
-def pytorch_contestants(
+def pytorch_baselines(
     context: Context, peer: Child, network: str, batch: int, precision: str
 ) -> dict[str, Callable[[], float]]:
     """Return PyTorch's training steps, compiled in another process; with CUDA graphs, too, for small networks."""

@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument(
         "--grace", type=float, default=30.0, help="seconds of them to stop and to pack in (default: 30)"
     )
-    parser.add_argument("--archive", type=Path, required=True, help="the archive to go on from and to write")
+    parser.add_argument("--archive", type=Path, required=True, help="the archive to resume from and to write")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder of the studies (default: runs)")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes - options.grace
@@ -156,12 +156,12 @@ def main() -> None:
                 print(f"{name}: finished before", flush=True)
                 continue
             if time.monotonic() >= deadline:
-                print(f"{name}: no time left; run the command again to go on", flush=True)
+                print(f"{name}: no time left; run the command again to resume", flush=True)
                 break
             arguments = [argument for argument in shlex.split(spec) if not argument.startswith("--workdir=")]
             status = run_study([*arguments, f"--workdir={folder / name}"], deadline, options.grace)
             if status is None:
-                print(f"{name}: stopped; run the command again to go on", flush=True)
+                print(f"{name}: stopped; run the command again to resume", flush=True)
                 break
             if status:
                 print(f"{name}: failed with exit status {status}; run the command again to try again", flush=True)
