@@ -232,10 +232,13 @@ def make_executor(name: str, towers: int, batch_size: int) -> Executor:
     return Executor(name, towers, shards if name == "shard_map" else 1)
 
 
-def global_positions(count: int) -> jax.Array:
-    """Return the positions in the whole batch of the `count` examples of this shard."""
-    first = 0 if lax.axis_size(DATA) == 1 else lax.axis_index(DATA) * count
-    return first + jnp.arange(count)
+def global_positions(count: int, axes: tuple[str, ...] = (DATA,)) -> jax.Array:
+    """Return the positions in the whole batch, sharded over `axes`, of the `count` examples of this shard."""
+    shard: Any = 0
+    for axis in axes:
+        if lax.axis_size(axis) > 1:
+            shard = shard * lax.axis_size(axis) + lax.axis_index(axis)
+    return shard * count + jnp.arange(count)
 
 
 def per_example(draw: Callable[[jax.Array], jax.Array], key: jax.Array, positions: jax.Array) -> jax.Array:
