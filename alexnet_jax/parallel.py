@@ -234,11 +234,9 @@ def make_executor(name: str, towers: int, batch_size: int) -> Executor:
 
 def global_positions(count: int, axes: tuple[str, ...] = (DATA,)) -> jax.Array:
     """Return the positions in the whole batch, sharded over `axes`, of the `count` examples of this shard."""
-    shard: Any = 0
-    for axis in axes:
-        if lax.axis_size(axis) > 1:
-            shard = shard * lax.axis_size(axis) + lax.axis_index(axis)
-    return shard * count + jnp.arange(count)
+    sharded = tuple(axis for axis in axes if lax.axis_size(axis) > 1)  # vmap maps the index of the others, too
+    first = lax.axis_index(sharded) * count if sharded else 0
+    return first + jnp.arange(count)
 
 
 def per_example(draw: Callable[[jax.Array], jax.Array], key: jax.Array, positions: jax.Array) -> jax.Array:
