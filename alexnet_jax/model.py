@@ -158,12 +158,13 @@ def _interleave(x: jax.Array) -> jax.Array:
 def forward(
     network: AlexNet, layout: str, variables: Any, images: jax.Array, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, Any]:
-    """Compute the logits of a data shard's images, on each tower's device, in a layout of `config.LAYOUTS`.
+    """Compute the logits of a shard's images, on each tower's device, in a layout of `config.LAYOUTS`.
 
-    In the layout "towers" each device computes its tower's part of every layer, as the paper did. In "one_weird_trick"
-    (Krizhevsky, 2014, arXiv:1404.5997) the layers before the first dense one are data parallel: each device computes
-    all towers of its part of the images. It gathers these layers' parameters, whose gradients are summed over the
-    devices on the way back, and sends its images' features to the others. The rest is as in "towers". Values are equal.
+    Layouts are equal in value. In "towers" each device computes its tower's part of every layer, as the paper did. In
+    "one_weird_trick" (Krizhevsky, 2014, arXiv:1404.5997) the layers before the first dense one are data parallel: each
+    device gathers their parameters and computes all towers of its part of the images. It then sends these features to
+    the others, and the dense layers are model parallel, as in "towers". Backwards, the gather of the parameters becomes
+    the sum of their gradients over the devices. With one tower, or without such layers, the layouts are the same.
 
     Args:
       network: the network of one tower.
@@ -186,8 +187,8 @@ def forward(
         x, updated = network.apply(variables, x, train=True, rngs=rngs, mutable=["batch_stats"])
         return x, updated.get("batch_stats", {})
 
-    kinds = network.config.layers
-    shared = list(itertools.takewhile(lambda name: kinds[name].kind != "dense", network.config.order))
+    config = network.config
+    shared = list(itertools.takewhile(lambda name: config.layers[name].kind != "dense", config.order))
     if layout == "towers" or towers == 1 or not shared:
         return apply(network, variables, images, tower)
 
