@@ -3,7 +3,8 @@
 python -m alexnet_jax.main --config=configs/ablation_lrn.py[:SCALE] [--config.KEY=VALUE ...]
 
 Every arm runs with every seed, each in a folder of its own; several machines may share the study's folder. Re-run the
-command to resume: finished runs are skipped, interrupted runs continue.
+command to resume: finished runs are skipped, interrupted runs continue. The processes of a job train one run after the
+other together.
 """
 
 import argparse
@@ -24,8 +25,8 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 from rich.table import Table
 
-from alexnet_jax import parallel, stop, terminal, train, weights
-from alexnet_jax.config import as_json, flatten, run_config
+from alexnet_jax import parallel, processes, stop, terminal, train, weights
+from alexnet_jax.config import as_json, flatten, from_json, run_config
 from alexnet_jax.data import datasets
 from alexnet_jax.metrics import write_layout
 from alexnet_jax.run_dir import DamagedFileError, RunDir, StudyDir, write_json
@@ -151,7 +152,7 @@ def run_study(study: ConfigDict, workdir: Path | str, only: Sequence[str] = (), 
       ValueError: some run cannot run as configured; none was started.
       stop.Stopped: a signal asked to stop; the command resumes when it is run again.
     """
-    with stop.requests() as request:
+    with stop.requests(processes.agreement()) as request:
         return _run_study(study, Path(workdir), only, request, extend)
 
 
@@ -305,6 +306,7 @@ def _run_or_record_failure(run: Run, extend: bool) -> bool:
             run.folder.extend(as_json(run.config))
         if run.folder.result is None:
             write_json(run.folder.starts_file, {"starts": run.folder.crashes + 1})
+        processes.send({"config": as_json(run.config), "folder": str(run.folder.path), "labels": run.labels})
         train.train_and_evaluate(run.config, run.folder.path, run.labels)
     except Exception as error:  # whatever it is, the other runs continue
         failure = {"error": str(error), "traceback": traceback.format_exc()}
@@ -313,10 +315,27 @@ def _run_or_record_failure(run: Run, extend: bool) -> bool:
             write_json(run.folder.failure_file, failure)
         except OSError as unwritten:
             print(f"{run.name}: {unwritten}", flush=True)
+        if processes.count() > 1 and not isinstance(error, FloatingPointError):  # the other processes may not have it
+            processes.leave(1)
         return False
     finally:
         run.folder.starts_file.unlink(missing_ok=True)
     return True
+
+
+def follow() -> int:
+    """Train, in another process than process 0, the runs that it orders; return the exit status that it orders."""
+    with stop.requests(processes.agreement()), open(os.devnull, "w") as nowhere:
+        while "exit" not in (order := processes.receive()):
+            try:
+                with contextlib.redirect_stdout(nowhere):  # process 0 prints the same
+                    train.train_and_evaluate(from_json(order["config"]), order["folder"], order["labels"])
+            except FloatingPointError:  # which all processes have
+                pass
+            except Exception:
+                traceback.print_exc()
+                processes.leave(1)
+    return order["exit"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -333,6 +352,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", help="print the runs and their sizes, train nothing")
     parser.add_argument("--only", default="", help="arms to run, separated by commas; default: all")
     parser.add_argument("--seeds", help="seeds to run, as 0:5 or 0,2,4; default: the study's")
+    processes.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -348,9 +368,13 @@ def main(arguments: argparse.Namespace) -> None:
             raise ValueError("--new_head: must come with --init_from; without it, all layers start anew")
         study.train.new_head = True
     only = [arm for arm in arguments.only.split(",") if arm]
+    processes.initialize(arguments)
     parallel.initialize(study.model.towers)
-    if arguments.dry_run:
-        print_plan(study, workdir, only)
-    elif failed := run_study(study, workdir, only, extend=arguments.extend):
-        names = "; ".join(run.name for run in failed)
-        sys.exit(f"alexnet-jax run: {len(failed)} run(s) failed: {names}; re-run the command to try them again")
+    if not processes.is_first():
+        sys.exit(follow())
+    with processes.leading():
+        if arguments.dry_run:
+            print_plan(study, workdir, only)
+        elif failed := run_study(study, workdir, only, extend=arguments.extend):
+            names = "; ".join(run.name for run in failed)
+            sys.exit(f"alexnet-jax run: {len(failed)} run(s) failed: {names}; re-run the command to try them again")
