@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -68,8 +69,12 @@ def initialize(arguments: argparse.Namespace) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
-        remedy = "start it as the cluster starts jobs, as with srun, or give --coordinator, --num_processes, --process_id"
-        raise ValueError(f"--cluster={arguments.cluster}: must be where this process runs ({error}); {remedy}") from error
+        remedy = (
+            "start it as the cluster starts jobs, as with srun, or give --coordinator, --num_processes, --process_id"
+        )
+        raise ValueError(
+            f"--cluster={arguments.cluster}: must be where this process runs ({error}); {remedy}"
+        ) from error
 
 
 def _check(coordinator: str | None, num_processes: int | None, process_id: int | None, missing: list[str]) -> None:
@@ -212,8 +217,18 @@ def leading() -> Iterator[None]:
         send({"exit": status})
 
 
-def leave(status: int) -> NoReturn:
-    """End this process of a job at once, because of an error that the others do not have: JAX then ends them, too."""
+def is_common(error: Exception) -> bool:
+    """Return whether all processes of the job have this error; do not return if it is the loss of another process.
+
+    Then a collective operation fails at once, and a little later JAX terminates this process, with a better message.
+    """
+    if count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+        time.sleep(2 * HEARTBEAT_SECONDS)
+    return count() == 1 or isinstance(error, FloatingPointError)
+
+
+def leave() -> NoReturn:
+    """End this process of a job at once, because of an error of its own: JAX then terminates the others."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(1)

@@ -309,14 +309,15 @@ def _run_or_record_failure(run: Run, extend: bool) -> bool:
         processes.send({"config": as_json(run.config), "folder": str(run.folder.path), "labels": run.labels})
         train.train_and_evaluate(run.config, run.folder.path, run.labels)
     except Exception as error:  # whatever it is, the other runs continue
+        is_common = processes.is_common(error)
         failure = {"error": str(error), "traceback": traceback.format_exc()}
         print(f"{run.name} failed: {error}", flush=True)
         try:
             write_json(run.folder.failure_file, failure)
         except OSError as unwritten:
             print(f"{run.name}: {unwritten}", flush=True)
-        if processes.count() > 1 and not isinstance(error, FloatingPointError):  # the other processes may not have it
-            processes.leave(1)
+        if not is_common:
+            processes.leave()
         return False
     finally:
         run.folder.starts_file.unlink(missing_ok=True)
@@ -330,11 +331,10 @@ def follow() -> int:
             try:
                 with contextlib.redirect_stdout(nowhere):  # process 0 prints the same
                     train.train_and_evaluate(from_json(order["config"]), order["folder"], order["labels"])
-            except FloatingPointError:  # which all processes have
-                pass
-            except Exception:
-                traceback.print_exc()
-                processes.leave(1)
+            except Exception as error:
+                if not processes.is_common(error):
+                    traceback.print_exc()
+                    processes.leave()
     return order["exit"]
 
 
