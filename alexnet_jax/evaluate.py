@@ -29,6 +29,7 @@ from alexnet_jax.run_dir import RunDir, write_json
 # A compiled function (variables, statistics, images) -> array (batch, ...), for uint8 images (batch, size, size, ch) or
 # a `loader.Selection` of them.
 Predictor = Callable[[Any, Statistics, Any], jax.Array]
+ONE_DEVICE = Executor("vmap", 1)
 
 
 def per_example_metrics(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> dict[str, jax.Array]:
@@ -125,7 +126,7 @@ def evaluate(
     predictions: Sequence[Callable[[Any], jax.Array]],
     source: Source,
     config: ConfigDict,
-    executor: Executor = Executor("vmap", 1),
+    executor: Executor = ONE_DEVICE,
 ) -> Outcomes:
     """Evaluate the mean of the probabilities of networks, which turn images into logits, on all images of a source.
 

@@ -281,14 +281,14 @@ def _make_job_executor(name: str, towers: int, batch_size: int) -> Executor:
     """Choose the executor of a run of several processes: shard_map over all devices of all processes."""
     if name not in ("auto", "shard_map"):
         raise ValueError(
-            f"train.executor={name}: must be shard_map for a job of {processes.count()} processes, as {name} would train "
-            "each process by itself; use --config.train.executor=shard_map, or start one process"
+            f"train.executor={name}: must be shard_map for a job of {processes.count()} processes, as {name} would "
+            "train each by itself; use --config.train.executor=shard_map, or start one process"
         )
     devices = len(jax.devices())
     if devices % towers:
         raise ValueError(
-            f"model.towers={towers}: must divide the {devices} devices of the job's {processes.count()} processes; start "
-            "another number of processes"
+            f"model.towers={towers}: must divide the {devices} devices of the job's {processes.count()} processes; "
+            "start another number of processes"
         )
     shards = devices // towers
     if batch_size % shards:

@@ -1,8 +1,8 @@
 """Several processes of one job, on one machine or many, each with devices of its own: JAX's distributed runtime.
 
-All processes train the same run at the same time. Process 0 alone decides what to train, and writes records and reports;
-the others follow it. A job whose process is lost ends: JAX terminates the other processes (exit status 134) within
-`HEARTBEAT_SECONDS`, and the next start resumes.
+All processes train the same run at the same time. Process 0 alone decides what to train, and writes records and
+reports; the others follow it. A job that loses a process ends: JAX terminates the other processes (exit status 134)
+within about `HEARTBEAT_SECONDS`, and the next start resumes.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src.distributed import global_state  # its key-value store has no public name; Orbax uses it, too
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from alexnet_jax.stop import Stopped
@@ -27,6 +27,7 @@ BARRIER_SECONDS = 2 * 60 * 60  # of the longest work that process 0 does alone: 
 POLL_MILLISECONDS = 60_000
 CLUSTERS = ("auto", "slurm", "ompi", "mpi4py", "k8s", "gcetpu", "gketpu")  # of `jax.distributed.initialize`
 
+_job: Any = distributed.global_state  # JAX's key-value store and barriers have no public name; Orbax uses these, too
 _numbers = itertools.count()  # of orders and barriers, the same on all processes
 _asked = 0  # how often the processes have asked whether to stop, the same on all
 
@@ -86,19 +87,19 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
         raise ValueError(f"--coordinator={coordinator}: must be HOST:PORT; give all processes the same")
     if not 0 <= process_id < num_processes:
         raise ValueError(
-            f"--process_id={process_id}: must be from 0 to {num_processes - 1}, as --num_processes={num_processes}; give "
-            "each process another one"
+            f"--process_id={process_id}: must be from 0 to {num_processes - 1}, as --num_processes={num_processes}; "
+            "give each process another one"
         )
 
 
 def count() -> int:
     """Return the number of processes in the job; 1 without a job."""
-    return global_state.num_processes if jax.distributed.is_initialized() else 1
+    return _job.num_processes if jax.distributed.is_initialized() else 1
 
 
 def is_first() -> bool:
     """Return whether this is process 0, which alone decides and writes."""
-    return count() == 1 or global_state.process_id == 0
+    return count() == 1 or _job.process_id == 0
 
 
 @contextlib.contextmanager
@@ -117,15 +118,15 @@ def first_alone(name: str) -> Iterator[None]:
 def barrier(name: str) -> None:
     """Wait until all processes are here, at most `BARRIER_SECONDS`."""
     if count() > 1:
-        global_state.client.wait_at_barrier(f"alexnet_jax/{name}/{next(_numbers)}", BARRIER_SECONDS * 1000)
+        _job.client.wait_at_barrier(f"alexnet_jax/{name}/{next(_numbers)}", BARRIER_SECONDS * 1000)
 
 
 def merge(values: dict[str, Any]) -> dict[str, Any]:
-    """Return, in process 0, the entries of all processes together, and elsewhere the same; all must call it together."""
+    """Return the entries of all processes together in process 0, and unchanged elsewhere; all must call it together."""
     if count() == 1:
         return values
-    client, key = global_state.client, f"alexnet_jax/merge/{next(_numbers)}/"
-    client.key_value_set(f"{key}{global_state.process_id}", json.dumps(values))
+    client, key = _job.client, f"alexnet_jax/merge/{next(_numbers)}/"
+    client.key_value_set(f"{key}{_job.process_id}", json.dumps(values))
     if not is_first():
         return values
     parts = [client.blocking_key_value_get(f"{key}{number}", BARRIER_SECONDS * 1000) for number in range(count())]
@@ -186,7 +187,7 @@ def agreement() -> Callable[[], bool] | None:
 def send(order: dict[str, Any]) -> None:
     """Give the other processes an order, as JSON; do nothing without a job."""
     if count() > 1:
-        global_state.client.key_value_set(f"alexnet_jax/order/{next(_numbers)}", json.dumps([_asked, order]))
+        _job.client.key_value_set(f"alexnet_jax/order/{next(_numbers)}", json.dumps([_asked, order]))
 
 
 def receive() -> dict[str, Any]:
@@ -195,7 +196,7 @@ def receive() -> dict[str, Any]:
     key = f"alexnet_jax/order/{next(_numbers)}"
     while True:
         try:
-            _asked, order = json.loads(global_state.client.blocking_key_value_get(key, POLL_MILLISECONDS))
+            _asked, order = json.loads(_job.client.blocking_key_value_get(key, POLL_MILLISECONDS))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
@@ -205,7 +206,7 @@ def receive() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def leading() -> Iterator[None]:
-    """Run a block in process 0, then order the other processes to exit with its status: 0, or that of what it raises."""
+    """Run a block in process 0, then order the other processes to exit with its status."""
     status = 1
     try:
         yield

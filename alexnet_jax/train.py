@@ -317,6 +317,8 @@ def _train(
             train_steps, spans, batches = _dispatch(setup, progress.step)
             batches = profiled(timer.waiting(batches), config.train.profile, records.path)
             for span, batch in zip(spans, batches, strict=True):
+                if _reached_error(config, progress):
+                    break
                 timer.begin(len(span), state)
                 with jax.profiler.StepTraceAnnotation("train", step_num=span.stop):
                     decays = np.int32(progress.plateau.decays)
@@ -324,7 +326,7 @@ def _train(
                 timer.count(len(span) * config.train.batch_size, state)
                 progress.step = step = span.stop
                 writer.progress(step)
-                last, due = step == steps, _due(setup, step)
+                due = _due(setup, step)
                 if due.log:
                     with timer.paused(state):
                         learning_rate = optim.learning_rate(config.optim, epoch, steps, step - 1, decays)
@@ -346,8 +348,9 @@ def _train(
                             error = scores["validation/top1_error"]
                             progress.plateau = progress.plateau.after(error, config.optim.plateau)
                         writer.image(step, f"{config.model.order[0]}/filters", figures.filter_grid, filters)
+                last = step == steps or _reached_error(config, progress)
                 stopping = request.is_set()  # asked once: a later signal finds no checkpoint of this step
-                if due.save or stopping:
+                if last or due.save or stopping:
                     with timer.paused(state):
                         _check_finite(flatten_dict(state.variables, sep="/"), step)
                         writer.flush()
@@ -355,10 +358,10 @@ def _train(
                 if stopping and not last:
                     request.obey(f"{run.path}: stopped at step {step} of {steps}; a checkpoint is saved")
             outcomes = outcomes or evaluate_all(state, stats)
-            _write_artifacts(records, writer, setup, outcomes["eval"], _first_kernel(state, config))
+            _write_artifacts(records, writer, setup, progress.step, outcomes["eval"], _first_kernel(state, config))
             result = {
-                "steps": steps,
-                "epochs": steps / epoch,
+                "steps": progress.step,
+                "epochs": progress.step / epoch,
                 "parameters": model.count_parameters(state.params),
                 **{name: value for name, value in progress.metrics.items() if "/" in name},
                 **timer.totals(),
@@ -366,6 +369,12 @@ def _train(
             writer.hparams(labels or {"seed": config.seed}, {k: v for k, v in result.items() if k.startswith("eval/")})
     write_json(records.result_file, result)
     return result
+
+
+def _reached_error(config: ConfigDict, progress: Progress) -> bool:
+    """Return whether the last evaluation of the training images ends the run (`train.stop_at_error`)."""
+    error = config.train.stop_at_error
+    return error is not None and progress.metrics.get("train_eval/top1_error", np.inf) <= error
 
 
 def _keep_in_memory(setup: Setup) -> Setup:
@@ -396,9 +405,11 @@ class _Due(NamedTuple):
 def _due(setup: Setup, step: int) -> _Due:
     """Return whether to log, evaluate and save after a step, counted from 1; all of it after the last one."""
     config, last = setup.config, step == setup.steps
+    evaluate = last or _crosses_multiple(step, setup.steps_per_epoch * config.eval.every_epochs)
+    may_stop = evaluate and config.train.stop_at_error is not None
     return _Due(
-        log=last or step % config.train.log_every == 0,
-        evaluate=last or _crosses_multiple(step, setup.steps_per_epoch * config.eval.every_epochs),
+        log=last or may_stop or step % config.train.log_every == 0,
+        evaluate=evaluate,
         save=last or step % config.train.checkpoint_every == 0,
     )
 
@@ -452,11 +463,13 @@ def _log_start(run: RunDir, writer: MetricWriter, setup: Setup, step: int) -> No
     writer.log(f"images: {where}; steps in one program: {setup.steps_per_dispatch}")
 
 
-def _write_artifacts(run: RunDir, writer: MetricWriter, setup: Setup, outcomes: Outcomes, filters: np.ndarray) -> None:
+def _write_artifacts(
+    run: RunDir, writer: MetricWriter, setup: Setup, step: int, outcomes: Outcomes, filters: np.ndarray
+) -> None:
     """Write what the report shows of a trained network: its filters, errors by class, and most confident errors."""
     dataset = setup.dataset
     size = setup.config.data.image_size
-    writer.image(setup.steps, "eval/most_confident_errors", figures.confident_errors, outcomes, dataset, size)
+    writer.image(step, "eval/most_confident_errors", figures.confident_errors, outcomes, dataset, size)
     with atomic_write(run.filters_file) as temporary, temporary.open("wb") as file:
         np.save(file, filters)
     images = np.bincount(outcomes.labels, minlength=dataset.classes)

@@ -17,8 +17,9 @@ from scipy import stats
 from alexnet_jax.run_dir import DamagedFileError, RunDir, StudyDir
 
 METRICS = ("train/loss", "train/top1_error", "train_eval/top1_error", "eval/loss", "eval/top1_error", "eval/top5_error")
-# Step and epoch at which the error of the training batches first was 25 % or less (paper, section 3.1).
-CENSORED = ("steps_to_25", "epochs_to_25")
+# Step and epoch at which the error of the training batches first was 25 % or less (paper, section 3.1), and the epoch
+# at which that of the training images as they are evaluated was; runs that never reach it have none.
+CENSORED = ("steps_to_25", "epochs_to_25", "train_eval_epochs_to_25")
 DERIVED = ("generalisation_gap", *CENSORED)  # the gap is eval/top1_error minus train_eval/top1_error
 COLOUR = ("colour/share", "colour/difference", "colour/excess")
 COLUMNS = (
@@ -53,17 +54,31 @@ def load_runs(study: Path | str) -> pd.DataFrame:
     for arm, seed, run in folder.runs():
         row = {"arm": arm, "seed": seed, "status": run.status}
         if row["status"] == "finished" and (result := run.result):
-            reached = first_at_target(run.metrics()) or {}
-            row |= result | {"steps_to_25": reached.get("step"), "epochs_to_25": reached.get("epoch")}
+            row |= result | time_to_target(run.metrics())
         rows.append(row)
     runs = pd.DataFrame(rows, columns=list(COLUMNS))
     runs["generalisation_gap"] = runs["eval/top1_error"] - runs["train_eval/top1_error"]
     return runs
 
 
-def first_at_target(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the first record whose training error is at most `TARGET_ERROR`, or None if there is none."""
-    return next((record for record in records if record.get("train/top1_error", np.inf) <= TARGET_ERROR), None)
+def time_to_target(records: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Return the metrics of `CENSORED` from a run's records; without those whose error is never reached.
+
+    Evaluations of the training images are epochs apart: the error is interpolated linearly between them.
+    """
+    times: dict[str, float] = {}
+    before: tuple[float, float] | None = None  # epoch and error of the evaluation before
+    for record in records:
+        if "epochs_to_25" not in times and record.get("train/top1_error", np.inf) <= TARGET_ERROR:
+            times |= {"steps_to_25": record["step"], "epochs_to_25": record["epoch"]}
+        if "train_eval_epochs_to_25" not in times and "train_eval/top1_error" in record:
+            epoch, error = record["epoch"], record["train_eval/top1_error"]
+            if error <= TARGET_ERROR:
+                if before is not None:
+                    epoch = float(np.interp(-TARGET_ERROR, [-before[1], -error], [before[0], epoch]))
+                times["train_eval_epochs_to_25"] = epoch
+            before = epoch, error
+    return times
 
 
 def load_curves(study: Path | str) -> pd.DataFrame:

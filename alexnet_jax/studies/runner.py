@@ -31,12 +31,12 @@ from alexnet_jax.data import datasets
 from alexnet_jax.metrics import write_layout
 from alexnet_jax.run_dir import DamagedFileError, RunDir, StudyDir, write_json
 from alexnet_jax.studies import report
-from alexnet_jax.studies.analysis import first_at_target
+from alexnet_jax.studies.analysis import CENSORED, time_to_target
 from alexnet_jax.tools import summary
 
 POLL_SECONDS = 5.0  # between looks at runs of other processes
 CRASHES = 3  # after which a run is left to the end of the study
-TUNING_METRICS = ("validation/top1_error", "epochs_to_25")
+TUNING_METRICS = ("validation/top1_error", "epochs_to_25", "train_eval_epochs_to_25")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def plan(study: ConfigDict, workdir: Path, only: Sequence[str] = (), chosen: dic
 def trials(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> list[Run]:
     """Return the tuning runs, in which each arm tries every value of the tuned field; none if no field is tuned.
 
-    They hold out validation images and use seeds of their own, so that nothing is chosen on what the study reports.
+    They use seeds of their own, and hold out validation images if they are tuned by a validation error, so that nothing
+    is chosen on what the study reports.
     """
     tuning = study.tuning
     if not tuning.key:
@@ -92,15 +93,21 @@ def trials(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> list[R
         )
     if tuning.metric not in TUNING_METRICS:
         raise ValueError(f"tuning.metric={tuning.metric!r}: must be one of {', '.join(TUNING_METRICS)}")
-    split, epochs = study.data.validation_split or "1/20", tuning.epochs or study.train.epochs
-    common = {"data.validation_split": split, "train.epochs": epochs}
+    split = study.data.validation_split or ("" if tuning.metric in CENSORED else "1/20")
+    common = {"data.validation_split": split, "train.epochs": tuning.epochs or study.train.epochs}
     folder = StudyDir(workdir)
     return [
         _planned(study, arm, seed, folder.trial(arm, tuning.key, value, seed), common | {tuning.key: value}, value)
         for seed in tuning.seeds
-        for value in tuning.choices
+        for value in dict.fromkeys(value for arm in study.arms for value in _grid(study, arm))
         for arm in _selected(study, only)
+        if value in _grid(study, arm)
     ]
+
+
+def _grid(study: ConfigDict, arm: str) -> tuple[Any, ...]:
+    """Return the values of the tuned field that an arm tries."""
+    return study.tuning.choices_by_arm.get(arm, study.tuning.choices)
 
 
 def choices(study: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -116,7 +123,7 @@ def choices(study: ConfigDict, workdir: Path) -> dict[str, Any]:
             continue
         scores = {
             value: float(np.mean([_score(run.folder, study.tuning.metric) for run in runs if run.value == value]))
-            for value in study.tuning.choices
+            for value in _grid(study, arm)
         }
         best = min(scores, key=lambda value: scores[value])
         if math.isinf(scores[best]):
@@ -133,9 +140,8 @@ def _score(folder: RunDir, metric: str) -> float:
     """Return a tuning run's metric; infinity if it failed or never reached the goal."""
     if folder.result is None:
         return math.inf
-    if metric == "epochs_to_25":
-        record = first_at_target(folder.metrics())
-        return record["epoch"] if record else math.inf
+    if metric in CENSORED:
+        return time_to_target(folder.metrics()).get(metric, math.inf)
     return folder.result[metric]
 
 

@@ -87,6 +87,19 @@ def test_epochs_to_25_are_of_the_first_record_that_reaches_it(study: Path) -> No
     assert runs["steps_to_25"][("lrn", 0)] == 3
 
 
+def test_epochs_to_25_of_evaluations_are_interpolated() -> None:
+    def evaluated(*errors: float) -> list[dict[str, Any]]:
+        records = [{"step": 9, "epoch": 0.5, "train/top1_error": 0.3}]
+        return records + [{"step": 10 * i, "epoch": i, "train_eval/top1_error": e} for i, e in enumerate(errors, 1)]
+
+    assert analysis.time_to_target(evaluated(0.6, 0.4, 0.2, 0.9)) == {
+        "train_eval_epochs_to_25": pytest.approx(2 + 0.15 / 0.2)
+    }
+    assert analysis.time_to_target(evaluated(0.6, 0.25)) == {"train_eval_epochs_to_25": 2}
+    assert analysis.time_to_target(evaluated(0.1)) == {"train_eval_epochs_to_25": 1}
+    assert analysis.time_to_target(evaluated(0.6, 0.26)) == {}
+
+
 def test_runs_that_never_reach_25_are_counted(study: Path) -> None:
     never_reach_25(study, "no_lrn", 0)
     runs = analysis.load_runs(study)
