@@ -38,14 +38,16 @@ class Checkpoints:
         handlers["state"] = ocp.StandardCheckpointHandler()
         # In the background the arrays would be read while the next step reuses their memory.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, enable_async_checkpointing=False)
-        if processes.count() > 1:  # named, so that Orbax's barriers have time limits
-            options.multiprocessing_options.active_processes = set(range(processes.count()))
-        if self._writes and processes.is_first():
-            self._directory.mkdir(parents=True, exist_ok=True)
-            # Of processes that were killed while they saved; Orbax's own option may leave them when it is closed.
-            for unfinished in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(unfinished)
-        processes.barrier("unfinished checkpoints")
+        if processes.count() > 1:  # named, so that Orbax's barriers have time limits; readers wait for nobody
+            active = set(range(processes.count())) if self._writes else {jax.process_index()}
+            options.multiprocessing_options = ocp.options.MultiprocessingOptions(min(active), active)
+        if self._writes:
+            if processes.is_first():
+                self._directory.mkdir(parents=True, exist_ok=True)
+                # Of processes that were killed while they saved; Orbax's own option may leave them when it is closed.
+                for unfinished in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                    shutil.rmtree(unfinished)
+            processes.barrier("unfinished checkpoints")
         self._manager = ocp.CheckpointManager(self._directory, item_handlers=handlers, options=options)
 
     def __enter__(self) -> Self:
