@@ -10,6 +10,7 @@ other together.
 import argparse
 import contextlib
 import functools
+import itertools
 import math
 import os
 import re
@@ -95,13 +96,13 @@ def trials(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> list[R
         raise ValueError(f"tuning.metric={tuning.metric!r}: must be one of {', '.join(TUNING_METRICS)}")
     split = study.data.validation_split or ("" if tuning.metric in CENSORED else "1/20")
     common = {"data.validation_split": split, "train.epochs": tuning.epochs or study.train.epochs}
-    folder = StudyDir(workdir)
+    folder, selected = StudyDir(workdir), _selected(study, only)
     return [
         _planned(study, arm, seed, folder.trial(arm, tuning.key, value, seed), common | {tuning.key: value}, value)
         for seed in tuning.seeds
-        for value in dict.fromkeys(value for arm in study.arms for value in _grid(study, arm))
-        for arm in _selected(study, only)
-        if value in _grid(study, arm)
+        for values in itertools.zip_longest(*(_grid(study, arm) for arm in selected))
+        for arm, value in zip(selected, values, strict=True)
+        if value is not None
     ]
 
 

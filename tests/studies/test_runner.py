@@ -287,7 +287,7 @@ def test_trials_of_speed_train_on_all_images(trained: list[tuple[str, Path]], tm
     config = tuned_study(0.01, 0.015, **{"tuning.metric": "epochs_to_25"})
     config.tuning.choices_by_arm = ConfigDict({"tanh": (0.015, 0.02)})
     assert [(run.arm, run.value) for run in runner.trials(config, tmp_path)] == [
-        *(("relu", 0.01), ("relu", 0.015), ("tanh", 0.015), ("tanh", 0.02))
+        *(("relu", 0.01), ("tanh", 0.015), ("relu", 0.015), ("tanh", 0.02))
     ]
     assert runner.run_study(config, tmp_path) == []
     assert {run.config.data.validation_split for run in runner.trials(config, tmp_path)} == {""}
