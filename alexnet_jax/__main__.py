@@ -40,7 +40,8 @@ def run_verb(name: str, argv: list[str]) -> None:
     """Run a verb, and exit with its status.
 
     0: done; 1: bad input, one line on standard error, or failed runs; 2: a wrong command line; 128 + N: stopped by
-    signal N (130 for Ctrl-C, 143 for SIGTERM), and the command resumes when it is run again.
+    signal N (130 for Ctrl-C, 143 for SIGTERM), and the command resumes when it is run again; 134, that is SIGABRT by
+    JAX: a job of several processes has lost one, and resumes, too.
     """
     with contextlib.suppress(AttributeError):  # a stream of another kind
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for any encoding

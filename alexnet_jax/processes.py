@@ -68,6 +68,7 @@ def initialize(arguments: argparse.Namespace) -> None:
             cluster_detection_method={None: "deactivate", "auto": None}.get(arguments.cluster, arguments.cluster),
             initialization_timeout=arguments.start_timeout,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,  # of a process that leaves before the others do
         )
     except (ValueError, RuntimeError) as error:
         remedy = (
