@@ -138,7 +138,7 @@ def compare(runs: pd.DataFrame, metric: str = "eval/top1_error", *, ratio: bool 
 
 
 def fill_censored(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return runs in which those that never reached the error of a `CENSORED` metric have the time at which they ended."""
+    """Return runs in which those that never reached the error of a `CENSORED` metric have the time of their end."""
     if metric not in CENSORED:
         return runs
     end = runs["steps" if metric == "steps_to_25" else "epochs"].where(runs["status"] == "finished")
