@@ -106,7 +106,40 @@ def test_runs_that_never_reach_25_are_counted(study: Path) -> None:
     assert np.isnan(runs.set_index(["arm", "seed"])["epochs_to_25"][("no_lrn", 0)])
     assert analysis.table(runs, "epochs_to_25")[["n", "n reached"]].to_numpy().tolist() == [["3", "3"], ["3", "2"]]
     assert "n reached" not in analysis.table(runs)
-    assert analysis.claim_effects(study)["pairs"].tolist() == [3, 2]
+
+
+def test_effect_of_censored_runs_is_a_bound(study: Path) -> None:
+    """A run that ended at epoch 1 above 25 % counts with 1, for the claim of a ratio of epochs to 25 %."""
+    measured = analysis.claim_effects(study).iloc[1]
+    assert measured["bound"] == ""
+    never_reach_25(study, "no_lrn", 0)
+    bounded = analysis.claim_effects(study).iloc[1]
+    epochs = analysis.load_runs(study).set_index("arm")["epochs_to_25"]
+    ratios = np.array([1.0, *epochs["no_lrn"][1:]]) / epochs["lrn"]
+    assert (bounded["bound"], bounded["pairs"]) == ("≥", 3)
+    assert bounded["effect"] == pytest.approx(stats.gmean(ratios))
+    shown = analysis.verdicts(study).iloc[1]
+    assert shown["found"].startswith("≥ ")
+    assert shown["95 % CI"].startswith("≥ ")
+    never_reach_25(study, "lrn", 1)
+    both = analysis.verdicts(study).iloc[1]
+    assert (both["found"][0], both["95 % CI"], both["verdict"]) == ("?", "", "inconclusive")
+
+
+@pytest.mark.parametrize(
+    ("effects", "bound", "expected"),
+    [
+        ([1.0, 1.1, 1.2], "≥", "reproduced"),
+        ([1.0, 1.1, 1.2], "≤", "inconclusive"),
+        ([-1.0, -1.1, -1.2], "≥", "inconclusive"),
+        ([-1.0, -1.1, -1.2], "≤", "contradicted"),
+        ([1.0, 1.1, 1.2], "?", "inconclusive"),
+        ([0.0, 0.01, -0.01], "≥", "inconclusive"),
+        ([0.0, 0.01, -0.01], "", analysis.NO_EFFECT),
+    ],
+)
+def test_bound_decides_only_what_it_excludes(effects: list[float], bound: str, expected: str) -> None:
+    assert analysis.verdict(np.array(effects), 0.5, higher=True, bound=bound) == expected
 
 
 def test_generalisation_gap_is_held_out_minus_training_error(study: Path, errors: Errors) -> None:
