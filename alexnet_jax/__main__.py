@@ -26,6 +26,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "run": Verb("alexnet_jax.studies.runner", "train and evaluate every run of a study"),
+    "launch": Verb("alexnet_jax.tools.launch", "start several processes of `run` on this machine, as one job"),
     "prepare": Verb("alexnet_jax.data.prepare", "make a dataset from a folder of images, an archive or TFDS"),
     "evaluate": Verb("alexnet_jax.evaluate", "evaluate runs on held-out images, alone and averaged"),
     "predict": Verb("alexnet_jax.tools.predict", "classify image files and draw the paper's figure 4"),
