@@ -40,8 +40,11 @@ while not os.path.exists("ready"):
 """
 
 
+pytestmark = pytest.mark.usefixtures("default_handlers")
+
+
 @pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
 
