@@ -55,7 +55,7 @@ class Job:
         """Return what a process has printed."""
         return self._logs[number].read_text()
 
-    def wait_for(self, pattern: str, number: int = 0, seconds: float = 120) -> None:
+    def wait_for(self, pattern: str, number: int = 0, seconds: float = 300) -> None:
         """Wait until a process has printed a pattern."""
         end = time.monotonic() + seconds
         while not re.search(pattern, self.log(number)):
@@ -63,7 +63,7 @@ class Job:
             assert time.monotonic() < end, self.log(number)
             time.sleep(0.05)
 
-    def statuses(self, seconds: float = 180) -> list[int]:
+    def statuses(self, seconds: float = 300) -> list[int]:
         """Wait for all processes, and return how they ended; fail if one does not."""
         end = time.monotonic() + seconds
         try:
