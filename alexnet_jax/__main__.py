@@ -69,7 +69,7 @@ def _run_verb(name: str, argv: list[str]) -> None:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
     overrides = [argument for argument in rest if argument.startswith("--config.")]
     if unknown := [argument for argument in rest if argument not in overrides]:
         parser.error(f"unknown argument {unknown[0]!r}")

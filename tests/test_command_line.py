@@ -15,7 +15,11 @@ from alexnet_jax.configs import base
 from alexnet_jax.run_dir import StudyDir, write_json
 
 FLAGS = {
-    "run": ("--config", "--workdir", "--init_from", "--new_head", "--extend", "--dry_run", "--only", "--seeds"),
+    "run": (
+        *("--config", "--workdir", "--init_from", "--new_head", "--extend", "--dry_run", "--only", "--seeds"),
+        *("--submit", "--submit_options"),
+        *("--cluster", "--coordinator", "--num_processes", "--process_id", "--start_timeout"),
+    ),
     "launch": ("--processes", "--devices", "--grace", "COMMAND"),
     "prepare": (
         *("FOLDER", "--data_dir", "--manual_dir", "--size"),

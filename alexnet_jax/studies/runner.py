@@ -31,7 +31,7 @@ from alexnet_jax.config import as_json, flatten, from_json, run_config
 from alexnet_jax.data import datasets
 from alexnet_jax.metrics import write_layout
 from alexnet_jax.run_dir import DamagedFileError, RunDir, StudyDir, write_json
-from alexnet_jax.studies import report
+from alexnet_jax.studies import report, submit
 from alexnet_jax.studies.analysis import CENSORED, time_to_target
 from alexnet_jax.tools import summary
 
@@ -164,15 +164,7 @@ def run_study(study: ConfigDict, workdir: Path | str, only: Sequence[str] = (), 
 
 
 def _run_study(study: ConfigDict, workdir: Path, only: Sequence[str], request: stop.Request, extend: bool) -> list[Run]:
-    _check_writable(workdir)
-    runs, tuning_runs = plan(study, workdir, only), trials(study, workdir, only)
-    for run in tuning_runs:
-        train.open_run(run.config)
-    sizes = {}
-    for run in plan(study, workdir)[: len(study.arms)]:
-        dataset = train.open_run(run.config).dataset
-        sizes[run.arm] = summary.sizes(run.config, dataset.classes, dataset.channels)
-    _check_folders(tuning_runs or runs, extend)
+    runs, tuning_runs, sizes = _check(study, workdir, only, extend)
     _describe(study, workdir, sizes)
     write_layout(workdir)
     failed = _run_all(tuning_runs, request, extend, wait=True)
@@ -184,6 +176,45 @@ def _run_study(study: ConfigDict, workdir: Path, only: Sequence[str], request: s
     failed += _run_all(runs, request, extend)
     report.write(workdir)
     return failed
+
+
+def _check(
+    study: ConfigDict, workdir: Path, only: Sequence[str], extend: bool
+) -> tuple[list[Run], list[Run], dict[str, Any]]:
+    """Check that all runs can run, before anything is written; return them, the tuning runs and the sizes of the arms.
+
+    Raises:
+      ValueError: some run cannot run as configured.
+    """
+    _check_writable(workdir)
+    runs, tuning_runs = plan(study, workdir, only), trials(study, workdir, only)
+    for run in tuning_runs:
+        train.open_run(run.config)
+    sizes = {}
+    for run in plan(study, workdir)[: len(study.arms)]:
+        dataset = train.open_run(run.config).dataset
+        sizes[run.arm] = summary.sizes(run.config, dataset.classes, dataset.channels)
+    _check_folders(tuning_runs or runs, extend)
+    return runs, tuning_runs, sizes
+
+
+def submit_study(
+    study: ConfigDict, workdir: Path, only: Sequence[str] = (), *, extend: bool, arguments: argparse.Namespace
+) -> None:
+    """Submit a job for each run that is not finished; or for each arm of a study that tunes, with all its runs.
+
+    Raises:
+      ValueError: some run cannot run as configured, or the cluster refuses; no job was submitted.
+    """
+    runs, tuning_runs, _ = _check(study, workdir, only, extend)
+    shared, jobs = submit.job_arguments(arguments.argv), {}
+    for run in runs:
+        if extend or run.folder.status != "finished":
+            name, seeds = (run.arm, study.seeds) if tuning_runs else (run.name, [run.seed])
+            jobs[name] = [*shared, f"--only={run.arm}", f"--seeds={','.join(map(str, seeds))}"]
+    if jobs:
+        submit.submit(jobs, workdir / "jobs", arguments.submit, arguments.submit_options or "{}")
+    print(f"{len(jobs)} job(s) submitted; each one writes {StudyDir(workdir).report_file} at its end")
 
 
 def _check_writable(workdir: Path) -> None:
@@ -359,6 +390,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", help="print the runs and their sizes, train nothing")
     parser.add_argument("--only", default="", help="arms to run, separated by commas; default: all")
     parser.add_argument("--seeds", help="seeds to run, as 0:5 or 0,2,4; default: the study's")
+    parser.add_argument(
+        "--submit", choices=submit.CLUSTERS, help="submit jobs to Slurm, or start them all here, and exit"
+    )
+    parser.add_argument(
+        "--submit_options",
+        metavar="JSON",
+        help='submitit\'s, such as \'{"slurm_partition": "gpu", "gpus_per_node": 1}\'',
+    )
     processes.add_arguments(parser)
 
 
@@ -375,13 +414,18 @@ def main(arguments: argparse.Namespace) -> None:
             raise ValueError("--new_head: must come with --init_from; without it, all layers start anew")
         study.train.new_head = True
     only = [arm for arm in arguments.only.split(",") if arm]
-    processes.initialize(arguments)
+    if arguments.submit_options is not None and not arguments.submit:
+        raise ValueError("--submit_options: must come with --submit; without it, the runs are trained here")
+    if not arguments.submit:  # with it, --cluster and the like are for the jobs
+        processes.initialize(arguments)
     parallel.initialize(study.model.towers)
     if not processes.is_first():
         sys.exit(follow())
     with processes.leading():
         if arguments.dry_run:
             print_plan(study, workdir, only)
+        elif arguments.submit:
+            submit_study(study, workdir, only, extend=arguments.extend, arguments=arguments)
         elif failed := run_study(study, workdir, only, extend=arguments.extend):
             names = "; ".join(run.name for run in failed)
             sys.exit(f"alexnet-jax run: {len(failed)} run(s) failed: {names}; re-run the command to try them again")
