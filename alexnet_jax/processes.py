@@ -70,12 +70,10 @@ def initialize(arguments: argparse.Namespace) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,  # of a process that leaves before the others do
         )
-    except (ValueError, RuntimeError) as error:
-        remedy = (
-            "start it as the cluster starts jobs, as with srun, or give --coordinator, --num_processes, --process_id"
-        )
+    except Exception as error:  # each kind of cluster has its own
+        remedy = "start it as the cluster starts jobs, or give --coordinator, --num_processes and --process_id"
         raise ValueError(
-            f"--cluster={arguments.cluster}: must be where this process runs ({error}); {remedy}"
+            f"--cluster={arguments.cluster}: must be where this process runs ({error!r}); {remedy}"
         ) from error
 
 
