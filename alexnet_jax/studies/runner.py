@@ -416,7 +416,9 @@ def main(arguments: argparse.Namespace) -> None:
     only = [arm for arm in arguments.only.split(",") if arm]
     if arguments.submit_options is not None and not arguments.submit:
         raise ValueError("--submit_options: must come with --submit; without it, the runs are trained here")
-    if not arguments.submit:  # with it, --cluster and the like are for the jobs
+    if arguments.submit and arguments.coordinator:
+        raise ValueError(f"--submit={arguments.submit}: must come without --coordinator; give --cluster for the jobs")
+    if not arguments.submit:  # a job joins its own processes
         processes.initialize(arguments)
     parallel.initialize(study.model.towers)
     if not processes.is_first():

@@ -73,7 +73,7 @@ def submit(jobs: Mapping[str, Sequence[str]], folder: Path, cluster: str, option
         if not isinstance(parameters, dict):
             raise ValueError('must be a JSON object, such as {"slurm_partition": "gpu", "gpus_per_node": 1}')
         executor = submitit.AutoExecutor(folder, cluster, slurm_max_num_timeout=TIMEOUTS)
-        executor.update_parameters(**DEFAULTS | {"name": folder.parent.name} | parameters)
+        executor.update_parameters(**DEFAULTS | {"name": folder.absolute().parent.name} | parameters)
         with executor.batch():
             submitted = [executor.submit(Job(arguments)) for arguments in jobs.values()]
     # Of JSON, of submitit's checks of names, types and values, and of commands such as sbatch.

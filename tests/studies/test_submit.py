@@ -126,6 +126,8 @@ def test_nothing_is_submitted_where_one_arm_cannot_run(slurm: Path, tmp_path: Pa
         main(tmp_path / "study", tiny_study(**{"model.pool.window": 30}), "--submit=slurm")
     with pytest.raises(ValueError, match="--submit_options: must come with --submit"):
         main(tmp_path / "study", tiny_study(), "--submit_options={}")
+    with pytest.raises(ValueError, match="--submit=slurm: must come without --coordinator"):
+        main(tmp_path / "study", tiny_study(), "--submit=slurm", "--coordinator=127.0.0.1:1")
     assert not slurm.exists()
     assert not (tmp_path / "study").exists()
 
@@ -201,6 +203,7 @@ def test_interrupted_job_is_requeued_and_resumes(tmp_path: Path) -> None:
     """One of two jobs is told that it is out of time, in the middle of training, as Slurm tells it."""
     steps = 1000
     tiny = TINY | {"train.epochs": 1, "train.checkpoint_every": steps, "train.log_every": 10, "eval.every_epochs": 1.0}
+    tiny["model.order"] = ("conv1", "conv3", "fc8")  # compiles faster
     flags = [*(f"--config.{key}={value}" for key, value in tiny.items()), f"--workdir={tmp_path / 'study'}"]
     run = [sys.executable, "-m", "alexnet_jax", "run", "--config=configs/ablation_lrn.py", "--only=lrn,no_lrn"]
     with (tmp_path / "output").open("w+") as output:  # not a pipe, which the jobs would hold open
