@@ -205,6 +205,9 @@ def draw_rates(axes: Axes, study: Path) -> None:
         means = {rate: mean_epochs(seeds) for rate, seeds in sorted(rates.items())}
         axes.plot(list(means), list(means.values()), LINES[arm], color=f"C{place}", linewidth=1)
     axes.set(xscale="log", xlabel="learning rate", ylabel="epochs to 25 % (triangle: more)", ylim=(0, None))
+    tried = sorted({rate for rates in trial_times(study).values() for rate in rates})
+    axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
+    axes.set_xticks([], minor=True)
 
 
 def draw(path: Path) -> None:
