@@ -175,6 +175,13 @@ def test_figure_1_regularises_nothing_and_compares_activations_alone(initial_wei
             assert stds == pytest.approx([first, rest, rest, 1 / 32])
 
 
+@pytest.mark.slow
+def test_photos_have_feature_maps_of_equal_size_without_overlap() -> None:
+    sizes = network_sizes("photos", "imagenette")
+    assert sizes["code2012"]["maps"] == sizes["no_overlap"]["maps"]
+    assert sizes["code2012"]["maps"]["conv1"].startswith("31x31")
+
+
 def test_figure_1_has_two_initial_weights() -> None:
     with pytest.raises(ValueError, match="scale=cifar10: must be code2012 or fan_in"):
         load("figure1", "cifar10")
