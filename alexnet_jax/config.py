@@ -30,6 +30,7 @@ SEES = ("all", "own")
 DTYPES = ("float32", "bfloat16")
 DISTRIBUTIONS = ("normal", "uniform")
 EXECUTORS = ("auto", "vmap", "pmap", "shard_map")
+LAYOUTS = ("towers", "one_weird_trick")
 OPTIMIZERS = ("paper", "sgd", "adamw")
 SCHEDULES = ("step", "cosine")
 MATMUL_PRECISIONS = ("default", "tensorfloat32", "float32")
@@ -37,7 +38,7 @@ SUBTRACT = ("mean_image", "central_mean_image", "mean_pixel", "mean")
 
 
 # Fields that may change when a run is resumed: they decide how it is computed and recorded, and not what it learns.
-# Other executors and steps in one program round otherwise.
+# Other executors, layouts and steps in one program round otherwise.
 FREE = (
     "data.data_dir",
     "data.resident_bytes",
@@ -45,6 +46,7 @@ FREE = (
     "data.threads",
     "data.prefetch",
     "train.executor",
+    "train.layout",
     "train.steps_per_dispatch",
     "train.log_every",
     "train.profile",
@@ -139,7 +141,11 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-    """Return the run config that `as_json` made nested dictionaries of; raise ValueError for those of version 0.1."""
+    """Return the run config that `as_json` made nested dictionaries of; raise ValueError for those of version 0.1.
+
+    Fields of `FREE` that an earlier version did not have get their defaults.
+    """
+    from alexnet_jax.configs import base  # which imports this module
 
     def tuples(value: Any) -> Any:
         if isinstance(value, dict):
@@ -151,6 +157,10 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
         raise ValueError(
             "the config is of alexnet_jax 0.1, whose fields have other names; use that version or train again"
         )
+    defaults = base.get_config()
+    for section, field in (key.split(".") for key in FREE):
+        if field not in getattr(config, section):
+            config[section][field] = defaults[section][field]
     config.lock()
     return config
 
@@ -397,9 +407,13 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
     yield "optim.biases.decay_epochs", _or_none(_ASCENDING)
     yield "optim.biases.decay_factor", _or_none(_POSITIVE)
     yield "train.executor", _one_of(*EXECUTORS)
+    yield "train.layout", _one_of(*LAYOUTS)
     yield "train.matmul_precision", _one_of(*MATMUL_PRECISIONS)
     yield "train.steps_per_dispatch", _or_none(_at_least(1, 1000))
     yield "train.batch_size", _at_least(1)
+    if config.train.layout == "one_weird_trick":
+        rule = f"a multiple of model.towers={model.towers} with train.layout=one_weird_trick"
+        yield "train.batch_size", _Rule(lambda size: size % model.towers == 0, rule)
     yield "train.epochs", _POSITIVE
     yield "train.epochs", _EPOCHS
     yield "train.stop_at_error", _or_none(_FRACTION)

@@ -18,11 +18,10 @@ from jax import lax
 from ml_collections import ConfigDict, FrozenConfigDict
 from rich.table import Column, Table
 
-from alexnet_jax import checkpoint, processes, terminal
+from alexnet_jax import checkpoint, model, processes, terminal
 from alexnet_jax.data import augment, datasets, loader
 from alexnet_jax.data.datasets import Source
 from alexnet_jax.data.statistics import Statistics
-from alexnet_jax.model import AlexNet
 from alexnet_jax.parallel import DATA, TOWER, Executor, initialize, make_executor
 from alexnet_jax.run_dir import RunDir, write_json
 
@@ -65,19 +64,22 @@ def make_predictor(config: ConfigDict, classes: int, executor: Executor) -> Pred
     that differ in seed, optimiser or training only share one compiled function.
     """
     key = FrozenConfigDict({section: config[section] for section in ("model", "data", "eval")})
-    return _make_predictor(key, classes, config.train.matmul_precision, executor)
+    return _make_predictor(key, classes, config.train.layout, config.train.matmul_precision, executor)
 
 
 @functools.lru_cache(maxsize=16)
-def _make_predictor(config: FrozenConfigDict, classes: int, precision: str, executor: Executor) -> Predictor:
-    model = AlexNet(config.model, classes)
+def _make_predictor(
+    config: FrozenConfigDict, classes: int, layout: str, precision: str, executor: Executor
+) -> Predictor:
+    network = model.AlexNet(config.model, classes)
     views = augment.evaluation_views(config.eval.views, config.data.image_size, config.data.crop)
     stacked_views = augment.View(*(jnp.array(field) for field in zip(*views, strict=True)))
 
     @jax.default_matmul_precision(precision)
     def predict(variables: Any, statistics: Statistics, images: jax.Array) -> jax.Array:
         def predict_view(view: augment.View) -> Any:
-            return model.apply(variables, augment.inputs(images, view, config.data, statistics), train=False)
+            inputs = augment.inputs(images, view, config.data, statistics)
+            return model.forward(network, layout, variables, inputs)[0]
 
         return mean_of_probabilities(lax.map(predict_view, stacked_views))
 

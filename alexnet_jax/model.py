@@ -5,6 +5,7 @@ there the channels of all towers are gathered. The layers are data (`configs/bas
 """
 
 import functools
+import itertools
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from alexnet_jax import layers
 from alexnet_jax.parallel import DATA, TOWER, global_positions, per_example
 
+SHARED_PARAMETERS = "shared_parameters"  # name of the scope in which data parallel layers gather their parameters
+
 # Samplers of initial values, with mean 0 and standard deviation 1.
 _SAMPLERS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
     "normal": lambda generator, shape: generator.standard_normal(shape, np.float32),
@@ -29,39 +32,54 @@ _SAMPLERS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray
 
 
 class AlexNet(nn.Module):
-    """One tower of AlexNet (paper, section 3.5 and figure 2)."""
+    """One tower of AlexNet (paper, section 3.5 and figure 2), or some of its layers: those from `start` to `stop`."""
 
     config: ConfigDict  # the `model` section
     classes: int  # the features of the layer whose `features` is None
+    tower_axis: str = TOWER
+    data_axes: tuple[str, ...] = (DATA,)  # over which the batch is sharded
+    start: int = 0  # index of the first layer
+    stop: int | None = None  # index of the layer to stop before; None: after the logits
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Compute logits (batch, classes), on every tower, from images (batch, height, width, channels).
 
-        Needs the axis `"tower"`; in training also `"data"`, over which the batch is sharded, and an rng named
-        "dropout", which should differ between towers. Raises ValueError if a kernel or a pooling window does not fit.
+        With `stop`, compute this tower's features instead. With `start`, take the features before it, of all towers and
+        of this device's part of the images (towers, images, ..., channels), instead of images.
+
+        Needs the tower axis; in training also the data axes, and an rng named "dropout", which should differ between
+        towers. Raises ValueError if a kernel or a pooling window does not fit.
         """
-        x = images
-        for name in self.config.order:
-            layer = self.config.layers[name]
-            if layer.sees == "all":
-                x = self._gather(name, x)
-            x = self._weights(name, x)
-            for operation in layer.then:
+        x, order, then = images, self.config.order, {name: self.config.layers[name].then for name in self.config.order}
+        if train and self.config.dropout.rate:
+            for _ in range(sum(list(then[name]).count("dropout") for name in order[: self.start])):
+                self.make_rng("dropout")  # Flax counts the calls: a layer's mask depends on the dropout before it
+        for name in order[self.start : self.stop]:
+            x = self._weights(name, self._input(name, x))
+            for operation in then[name]:
                 x = self._operation(name, operation, x, train)
-        return self._gather("logits", x.astype(jnp.float32))[:, : self.classes]
+        return x if self.stop is not None else self._gather("logits", x.astype(jnp.float32))[:, : self.classes]
+
+    def _input(self, name: str, x: jax.Array) -> jax.Array:
+        """Return what the named layer sees: the features of all towers or of its own."""
+        sees_all = self.config.layers[name].sees == "all"
+        if self.start == 0 or name != self.config.order[self.start]:
+            return self._gather(name, x) if sees_all else x
+        if sees_all:
+            return _interleave(lax.all_gather(x, self.tower_axis, axis=1, tiled=True))
+        return lax.all_to_all(x, self.tower_axis, split_axis=0, concat_axis=1, tiled=True)[0]
 
     def _gather(self, name: str, x: jax.Array) -> jax.Array:
         """Concatenate the channels (last axis) of all towers, for the named layer."""
         self.sow("intermediates", f"{name}_sent", x)
-        gathered = jnp.moveaxis(lax.all_gather(x, TOWER), 0, -2)  # tiled=True would transpose x before and after
-        return gathered.reshape(*x.shape[:-1], -1)
+        return _interleave(lax.all_gather(x, self.tower_axis))  # tiled=True would transpose x before and after
 
     def _weights(self, name: str, x: jax.Array) -> jax.Array:
         """Apply the convolution or dense layer: this tower's part of its features."""
         layer = self.config.layers[name]
         features = self.classes if layer.features is None else layer.features
-        features = -(-features // lax.axis_size(TOWER))  # rounded up: the logits are cut to the classes
+        features = -(-features // lax.axis_size(self.tower_axis))  # rounded up: the logits are cut to the classes
         zeros = nn.initializers.zeros  # `init` samples the values
         # The dtype is that of the computation; parameters are float32.
         options: dict[str, Any] = {"name": name, "dtype": self.config.dtype, "kernel_init": zeros, "bias_init": zeros}
@@ -93,8 +111,8 @@ class AlexNet(nn.Module):
                 return layers.spatial_lrn(x, **config.lrn.spatial)
             case "batch_norm":
                 options: dict[str, Any] = dict(config.batch_norm, name=f"{name}_batch_norm", dtype=config.dtype)
-                normalise = nn.BatchNorm(use_running_average=not train, axis_name=DATA if train else None, **options)
-                return normalise(x)
+                options["axis_name"] = self.data_axes if train else None
+                return nn.BatchNorm(use_running_average=not train, **options)(x)
             case "max_pool" | "avg_pool":
                 return getattr(layers, operation)(x, **config.pool)
             case "dropout":
@@ -111,7 +129,7 @@ class AlexNet(nn.Module):
             return x
         if not train:
             return x if inverted else kept * x
-        key, positions = self.make_rng("dropout"), global_positions(len(x))
+        key, positions = self.make_rng("dropout"), global_positions(len(x), self.data_axes)
         mask = per_example(lambda key: jax.random.bernoulli(key, kept, x.shape[1:]), key, positions)
         return jnp.where(mask, x / kept if inverted else x, 0)
 
@@ -121,14 +139,75 @@ class AlexNet(nn.Module):
         normalise = partial(layers.lrn, n=lrn.n, k=lrn.k, alpha=lrn.alpha, beta=lrn.beta)
         if lrn.sees == "own":
             return normalise(x)
-        towers, channels, before, after = lax.axis_size(TOWER), x.shape[-1], lrn.n // 2, (lrn.n - 1) // 2
+        axis, channels, before, after = self.tower_axis, x.shape[-1], lrn.n // 2, (lrn.n - 1) // 2
+        towers, tower = lax.axis_size(axis), lax.axis_index(axis)
         last, first = x[..., channels - before :], x[..., :after]
         self.sow("intermediates", f"{name}_lrn_sent", last)
         to_right, to_left = ([(i, (i + step) % towers) for i in range(towers)] for step in (1, -1))
         # The towers form a ring: beyond the first and the last one are zeros.
-        left = lax.ppermute(last, TOWER, to_right) * (lax.axis_index(TOWER) > 0)
-        right = lax.ppermute(first, TOWER, to_left) * (lax.axis_index(TOWER) < towers - 1)
+        left = lax.ppermute(last, axis, to_right) * (tower > 0)
+        right = lax.ppermute(first, axis, to_left) * (tower < towers - 1)
         return normalise(jnp.concatenate([left, x, right], axis=-1))[..., before : before + channels]
+
+
+def _interleave(x: jax.Array) -> jax.Array:
+    """Concatenate the channels of all towers: (towers, ..., channels) to (..., towers * channels)."""
+    return jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
+
+
+def forward(
+    network: AlexNet, layout: str, variables: Any, images: jax.Array, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, Any]:
+    """Compute the logits of a data shard's images, on each tower's device, in a layout of `config.LAYOUTS`.
+
+    In the layout "towers" each device computes its tower's part of every layer, as the paper did. In "one_weird_trick"
+    (Krizhevsky, 2014, arXiv:1404.5997) the layers before the first dense one are data parallel: each device computes
+    all towers of its part of the images. It gathers these layers' parameters, whose gradients are summed over the
+    devices on the way back, and sends its images' features to the others. The rest is as in "towers". Values are equal.
+
+    Args:
+      network: the network of one tower.
+      variables: of this device's tower, without a tower axis.
+      images: (batch, height, width, channels), equal on all towers.
+      dropout_key: of all towers, in training; None in evaluation.
+
+    Returns:
+      Logits (batch, classes), and this tower's updated batch statistics, {} without any or in evaluation.
+
+    Raises:
+      ValueError: in training, "one_weird_trick" cannot divide the images equally.
+    """
+    towers, tower = lax.axis_size(TOWER), lax.axis_index(TOWER)
+
+    def apply(network: AlexNet, variables: Any, x: jax.Array, tower: jax.Array) -> Any:
+        if dropout_key is None:
+            return network.apply(variables, x, train=False), {}
+        rngs = {"dropout": jax.random.fold_in(dropout_key, tower)}
+        x, updated = network.apply(variables, x, train=True, rngs=rngs, mutable=["batch_stats"])
+        return x, updated.get("batch_stats", {})
+
+    kinds = network.config.layers
+    shared = list(itertools.takewhile(lambda name: kinds[name].kind != "dense", network.config.order))
+    if layout == "towers" or towers == 1 or not shared:
+        return apply(network, variables, images, tower)
+
+    count, remainder = -(-len(images) // towers), len(images) % towers
+    if remainder and dropout_key is not None:
+        raise ValueError(
+            f"train.layout={layout}: must have a multiple of model.towers={towers} images in each shard, not "
+            f"{len(images)}; change train.batch_size"
+        )
+    padded = jnp.pad(images, [(0, count * towers - len(images)), *[(0, 0)] * (images.ndim - 1)])
+    part = lax.dynamic_slice_in_dim(padded, tower * count, count)
+    modules = {module for name in shared for module in (name, f"{name}_batch_norm")}
+    own = {kind: {name: of[name] for name in of if name in modules} for kind, of in variables.items()}
+    with jax.named_scope(SHARED_PARAMETERS):
+        gathered = lax.all_gather(own, TOWER)
+    local = network.clone(tower_axis="local_tower", data_axes=(DATA, TOWER), stop=len(shared))
+    of_towers = jax.vmap(partial(apply, local), in_axes=(0, None, 0), axis_name=local.tower_axis)
+    features, updated = of_towers(gathered, part, jnp.arange(towers))
+    logits, batch_stats = apply(network.clone(start=len(shared)), variables, features, tower)
+    return logits[: len(images)], batch_stats | jax.tree.map(lambda leaf: leaf[tower], updated)
 
 
 def shapes(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -248,12 +248,13 @@ def _for_each(function: Callable, axes: OutAxes, *values: Any) -> Any:
     return tuple(map(function, axes, *values)) if isinstance(axes, tuple) else function(axes, *values)
 
 
-def make_executor(name: str, towers: int, batch_size: int) -> Executor:
+def make_executor(name: str, towers: int, batch_size: int, parts: int = 1) -> Executor:
     """Choose the executor of a run.
 
     Args:
       name: "vmap", "pmap", "shard_map", or "auto": the last of them that has enough devices and uses several.
       batch_size: the batch is sharded over as many devices as divide it; in a job of several processes over all.
+      parts: equal parts of a shard, of one image at least, which divide it as the layout of the run does.
 
     Raises:
       ValueError: pmap or shard_map has fewer devices than towers, or a job of several processes cannot use all of its
@@ -261,9 +262,9 @@ def make_executor(name: str, towers: int, batch_size: int) -> Executor:
     """
     devices = jax.devices()
     if processes.count() > 1:
-        return _make_job_executor(name, towers, batch_size)
+        return _make_job_executor(name, towers, batch_size, parts)
     per_tower = len(devices) // towers
-    shards = max((count for count in range(1, per_tower + 1) if batch_size % count == 0), default=0)
+    shards = max((count for count in range(1, per_tower + 1) if batch_size % (count * parts) == 0), default=0)
     if name == "auto":
         name = "shard_map" if shards > 1 else "pmap" if 1 < towers <= len(devices) else "vmap"
     if name != "vmap" and not shards:
@@ -277,7 +278,7 @@ def make_executor(name: str, towers: int, batch_size: int) -> Executor:
     return Executor(name, towers, shards if name == "shard_map" else 1)
 
 
-def _make_job_executor(name: str, towers: int, batch_size: int) -> Executor:
+def _make_job_executor(name: str, towers: int, batch_size: int, parts: int) -> Executor:
     """Choose the executor of a run of several processes: shard_map over all devices of all processes."""
     if name not in ("auto", "shard_map"):
         raise ValueError(
@@ -291,18 +292,22 @@ def _make_job_executor(name: str, towers: int, batch_size: int) -> Executor:
             "start another number of processes"
         )
     shards = devices // towers
-    if batch_size % shards:
+    divisor = shards * parts
+    if batch_size % divisor:
         raise ValueError(
-            f"train.batch_size={batch_size}: must be a multiple of {shards}, the shards on {devices} devices with "
-            f"{towers} tower(s); use --config.train.batch_size={-(-batch_size // shards) * shards}, or fewer processes"
+            f"train.batch_size={batch_size}: must be a multiple of {divisor}, for {devices} devices and {towers} "
+            f"tower(s); use --config.train.batch_size={-(-batch_size // divisor) * divisor}, or fewer processes"
         )
     return Executor("shard_map", towers, shards)
 
 
-def global_positions(count: int) -> jax.Array:
-    """Return the positions in the whole batch of the `count` examples of this shard."""
-    first = 0 if lax.axis_size(DATA) == 1 else lax.axis_index(DATA) * count
-    return first + jnp.arange(count)
+def global_positions(count: int, axes: tuple[str, ...] = (DATA,)) -> jax.Array:
+    """Return the positions in the whole batch, sharded over `axes`, of the `count` examples of this shard."""
+    shard: Any = 0
+    for axis in axes:
+        if lax.axis_size(axis) > 1:
+            shard = shard * lax.axis_size(axis) + lax.axis_index(axis)
+    return shard * count + jnp.arange(count)
 
 
 def per_example(draw: Callable[[jax.Array], jax.Array], key: jax.Array, positions: jax.Array) -> jax.Array:

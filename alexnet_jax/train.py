@@ -107,7 +107,8 @@ def open_run(config: ConfigDict) -> Setup:
             f"{config.data.name} has {dataset.channels} channel(s)"
         )
     model.shapes(config.model, dataset.classes, (config.data.crop, config.data.crop, dataset.channels))
-    executor = make_executor(config.train.executor, config.model.towers, config.train.batch_size)
+    parts = config.model.towers if config.train.layout == "one_weird_trick" else 1  # of a shard of the batch
+    executor = make_executor(config.train.executor, config.model.towers, config.train.batch_size, parts)
     setup = Setup(config, dataset, executor)
     if setup.steps >= 2**31:  # steps are counted in int32
         raise ValueError(
@@ -216,24 +217,23 @@ def _tower_step(config: FrozenConfigDict, classes: int, steps_per_epoch: float, 
         noise_on = noise_until is None or step - 1 < round(noise_until * steps_per_epoch)
         positions = global_positions(len(batch["label"]))
         images = augment.random_inputs(batch["image"], positions, config.data, statistics, views_key, noise_on)
-        rngs = {"dropout": jax.random.fold_in(dropout_key, lax.axis_index(TOWER))}
         batch_size = len(batch["label"]) * lax.axis_size(DATA)
 
         def tower_loss(params: Any) -> tuple[Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updated = network.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+            logits, batch_stats = model.forward(network, config.train.layout, variables, images, dropout_key)
             metrics = per_example_metrics(logits, batch["label"], config.train.label_smoothing)
             # Gradients are summed over towers, and each tower has computed the whole loss.
-            return metrics["loss"].sum() / batch_size / lax.axis_size(TOWER), (metrics, updated)
+            return metrics["loss"].sum() / batch_size / lax.axis_size(TOWER), (metrics, batch_stats)
 
-        gradients, (metrics, updated) = jax.grad(tower_loss, has_aux=True)(state.params)
+        gradients, (metrics, batch_stats) = jax.grad(tower_loss, has_aux=True)(state.params)
         totals = {name: values.sum() for name, values in metrics.items()}
         totals["images"] = jnp.float32(len(batch["label"]))
         gradients, totals = lax.psum((gradients, totals), DATA)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, plateau_decays=plateau_decays)
         return State(
             params=optax.apply_updates(state.params, updates),
-            batch_stats=updated.get("batch_stats", {}),
+            batch_stats=batch_stats,
             opt_state=opt_state,
             sums={name: state.sums[name] + total for name, total in totals.items()},
         )
@@ -437,6 +437,7 @@ def _start(run: RunDir, setup: Setup) -> list[str]:
     executed = {
         "executor": setup.executor.name,
         "processes": processes.count(),
+        "layout": config.train.layout,
         "devices": devices,
         "device_kind": setup.executor.devices[0].device_kind,
         "instruction_set": instruction_set(),  # on which the rounding of first layers depends

@@ -297,6 +297,9 @@ def get_config(
     # How towers run: "vmap": all on one device; "pmap": one device each; "shard_map": each on several devices, which
     # share the batch; "auto": the last of these for which there are enough devices.
     config.train.executor = "auto"
+    # What each of the towers' devices computes: "towers": its tower's part of every layer, as the paper; or
+    # "one_weird_trick": before the first dense layer all towers, of its part of the images (Krizhevsky, 2014).
+    config.train.layout = "towers"
     # Precision of products of float32 on GPUs and TPUs: "float32"; "tensorfloat32", with 10 bits of mantissa (on TPUs 3
     # passes in bfloat16); or "default", whatever is fastest on the device. CPUs always compute in float32.
     config.train.matmul_precision = "tensorfloat32"

@@ -42,6 +42,7 @@ FREELY_CHANGED: dict[str, Any] = {
     "data.threads": 1,
     "data.prefetch": 2,
     "train.executor": "vmap",
+    "train.layout": "one_weird_trick",
     "train.steps_per_dispatch": 2,
     "train.log_every": 3,
     "train.profile": 1,

@@ -447,6 +447,7 @@ def test_value_that_cannot_work_ends_the_command_before_anything_is_written(
         ("train.batch_size", 4001, "at most the 4000 training images"),
         ("train.label_smoothing", 1.0, "from 0 to less than 1"),
         ("train.executor", "xmap", "one of auto, vmap, pmap"),
+        ("train.layout", "columns", "one of towers, one_weird_trick"),
         ("eval.batch_size", 0, "from 1 to 1000000"),
         ("model.lrn.n", 10**12, "from 1 to 10000"),
         ("train.epochs", math.inf, "a finite number"),
@@ -553,6 +554,13 @@ def test_config_is_unchanged_by_json(name: str) -> None:
     head = again.model.layers[again.model.order[-1]]
     assert head.features is None
     assert isinstance(again.model.order, tuple)
+
+
+def test_run_without_a_later_free_field_has_its_default() -> None:
+    config = run_config()
+    values = config_lib.as_json(config)
+    del values["train"]["layout"]
+    assert config_lib.flatten(config_lib.from_json(values)) == config_lib.flatten(config)
 
 
 def test_configs_of_version_1_are_refused() -> None:

@@ -3,7 +3,7 @@
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -72,15 +72,6 @@ class Unmapped(Executor):
         return function
 
 
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """Yield the equations of a jaxpr and of those inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
 def bytes_sent(config: ConfigDict, towers: int, shards: int) -> float:
     """Return the bytes that a device sends in the collectives of a real training step."""
     sizes = {TOWER: towers, DATA: shards}
@@ -89,22 +80,8 @@ def bytes_sent(config: ConfigDict, towers: int, shards: int) -> float:
     state = jax.tree.map(lambda leaf: leaf[0], train.init_state(setup))
     batch = noise_batch(config, config.train.batch_size // shards)
     arguments = (state, batch, random_statistics(config, 1), np.uint32(0), np.int32(1), np.int32(0))
-    jaxpr = jax.make_jaxpr(train.make_train_step(setup), axis_env=list(sizes.items()))(*arguments)
-    fractions: dict[str, Callable[[int], float]] = {  # of the operand, on a ring of n devices
-        "all_gather": lambda n: n - 1,
-        "reduce_scatter": lambda n: (n - 1) / n,
-        "psum": lambda n: 2 * (n - 1) / n,
-        "ppermute": lambda n: n > 1,
-    }
-    total = 0.0
-    for equation in equations(getattr(jaxpr, "jaxpr", jaxpr)):
-        name = equation.primitive.name
-        if name in fractions:
-            axes = equation.params.get("axes") or equation.params["axis_name"]
-            (axis,) = axes if isinstance(axes, tuple) else (axes,)
-            arrays = [operand.aval for operand in equation.invars if operand.aval.shape]  # scalars are metrics
-            total += fractions[name](sizes[axis]) * sum(array.size * array.dtype.itemsize for array in arrays)
-    return total
+    program: Any = jax.make_jaxpr(train.make_train_step(setup), axis_env=list(sizes.items()))(*arguments)
+    return sum(count for _, count in summary.collectives(program.jaxpr, sizes))
 
 
 # A network whose towers communicate in every way there is.

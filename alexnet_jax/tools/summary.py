@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from alexnet_jax import config as config_lib
 from alexnet_jax import model, terminal
 from alexnet_jax.data import datasets
 from alexnet_jax.optim import KERNEL
-from alexnet_jax.parallel import TOWER
+from alexnet_jax.parallel import DATA, TOWER
 
 
 class Row(NamedTuple):
@@ -89,6 +90,77 @@ def sizes(config: ConfigDict, classes: int, channels: int) -> dict[str, Any]:
     }
 
 
+class Sent(NamedTuple):
+    """Bytes that a device sends in a training step, with a device for each tower; as many are received."""
+
+    activations: int  # and their gradients
+    parameters: int  # and their gradients
+
+
+def bytes_sent(
+    config: ConfigDict, classes: int, image_shape: tuple[int, int, int], batch_size: int, layout: str
+) -> Sent:
+    """Return what a device sends in a layout of `config_lib.LAYOUTS`, counted in the program of the loss's gradient.
+
+    The first three arguments are those of `rows`; errors are those of `model.forward`.
+    """
+    network, axes = model.AlexNet(config, classes), {TOWER: config.towers, DATA: 1}
+
+    def gradient(variables: Any, images: jax.Array) -> Any:
+        def loss(params: Any) -> jax.Array:
+            dropout_key = jax.random.key(0)
+            return model.forward(network, layout, variables | {"params": params}, images, dropout_key)[0].sum()
+
+        return jax.grad(loss)(variables["params"])
+
+    of_all_towers = model.shapes(config, classes, image_shape)
+    variables = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), of_all_towers)
+    images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+    program: Any = jax.make_jaxpr(gradient, axis_env=list(axes.items()))(variables, images)
+    sent = list(collectives(program.jaxpr, axes))
+    parameters = sum(count for scope, count in sent if model.SHARED_PARAMETERS in scope)
+    return Sent(round(sum(count for _, count in sent) - parameters), round(parameters))
+
+
+def collectives(jaxpr: Any, axis_sizes: Mapping[str, int]) -> Iterator[tuple[str, float]]:
+    """Yield the named scopes of each collective in a program, and the bytes that a device sends in it.
+
+    In a ring of n devices each one sends (n - 1) / n of what is gathered, scattered or exchanged, and twice that of
+    what is all-reduced (Patarasuk and Yuan, 2009). Scalars, such as metrics, are left out.
+    """
+    of_operand = {
+        "all_gather": lambda n: n - 1,
+        "reduce_scatter": lambda n: (n - 1) / n,
+        "all_to_all": lambda n: (n - 1) / n,
+        "psum": lambda n: 2 * (n - 1) / n,
+        "ppermute": lambda n: n > 1,
+    }
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in of_operand:
+            axes = equation.params.get("axes") or equation.params["axis_name"]
+            devices = math.prod(axis_sizes[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
+            arrays = [operand.aval for operand in equation.invars if operand.aval.shape]
+            size = sum(array.size * array.dtype.itemsize for array in arrays)
+            yield str(equation.source_info.name_stack), of_operand[name](devices) * size
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from collectives(inner, axis_sizes)
+
+
+def layout_table(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> Table:
+    """Return the table of the bytes that each layout sends in a training step of a run's config."""
+    batch_size, towers = config.train.batch_size, config.model.towers
+    title = f"bytes sent by each of {towers} devices in a training step of {batch_size} images, gradients included"
+    printed = Table("layout", title=title, title_justify="left")
+    for column in (*Sent._fields, "total"):
+        printed.add_column(column, justify="right", no_wrap=True)
+    for layout in config_lib.LAYOUTS if batch_size % towers == 0 else config_lib.LAYOUTS[:1]:
+        sent = bytes_sent(config.model, classes, image_shape, batch_size, layout)
+        printed.add_row(layout, *(f"{count:,}" for count in (*sent, sum(sent))))
+    return printed
+
+
 def table(layers: list[Row], towers: int) -> Table:
     """Return the table that the command prints, with totals and the part of one tower."""
     printed = Table(title="multiply-adds and activations sent are per image", title_justify="left")
@@ -138,5 +210,7 @@ def main(arguments: argparse.Namespace) -> None:
         dataset = datasets.load(run.data)
         classes, channels = dataset.classes, dataset.channels
     classes, channels = arguments.classes or classes, arguments.channels or channels
-    layers = rows(run.model, classes, (run.data.crop, run.data.crop, channels))
-    terminal.console(width=150).print(table(layers, run.model.towers))
+    image_shape, console = (run.data.crop, run.data.crop, channels), terminal.console(width=150)
+    console.print(table(rows(run.model, classes, image_shape), run.model.towers))
+    if run.model.towers > 1:
+        console.print(layout_table(run, classes, image_shape))

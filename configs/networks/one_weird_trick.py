@@ -1,6 +1,9 @@
 """One tower of 64-192-384-256-256 features: "One weird trick for parallelizing convolutional neural networks" (2014).
 
 Source: cuda-convnet2, layers/layers-imagenet-1gpu.cfg. The fourth layer has 384 features in that paper's own text.
+
+That paper's two devices, data parallel up to fc6 and model parallel from there: train.layout=one_weird_trick with
+model.towers=2, model.lrn.sees=all and model.layers.conv{2,3,4,5}.sees=all. The network has the same connections then.
 """
 
 from ml_collections import ConfigDict

@@ -3,9 +3,9 @@
     python experiments/speed/cost.py --config=configs/networks/paper.py --devices=2 \
         [--flops=65e9 --bandwidth=10e9 --link=5e9]
 
-The estimate follows from the shapes of the layers alone. It leaves out augmentation, the loss, and copies within a
-device. The last three flags are the peak rates of one device (FLOP/s, and bytes/s of its memory and of its link to the
-others); with them the table has times.
+The estimate follows from the shapes of the layers alone, in the layout "towers". It leaves out augmentation, the loss,
+and copies within a device. The last three flags are the peak rates of one device (FLOP/s, and bytes/s of its memory and
+of its link to the others); with them the table has times.
 """
 
 import argparse
