@@ -34,6 +34,7 @@ studies: $(VENV)/installed
 # Executes the notebooks, and writes the generated tables and figures again.
 notebooks: $(VENV)/installed
 	$(BIN)/python experiments/execute.py
+	$(BIN)/python experiments/figure1/figure1.py
 	$(BIN)/python experiments/summary.py
 	$(BIN)/python experiments/figures/towers.py
 

@@ -26,6 +26,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "run": Verb("alexnet_jax.studies.runner", "train and evaluate every run of a study"),
+    "launch": Verb("alexnet_jax.tools.launch", "start several processes of `run` on this machine, as one job"),
     "prepare": Verb("alexnet_jax.data.prepare", "make a dataset from a folder of images, an archive or TFDS"),
     "evaluate": Verb("alexnet_jax.evaluate", "evaluate runs on held-out images, alone and averaged"),
     "predict": Verb("alexnet_jax.tools.predict", "classify image files and draw the paper's figure 4"),
@@ -39,7 +40,8 @@ def run_verb(name: str, argv: list[str]) -> None:
     """Run a verb, and exit with its status.
 
     0: done; 1: bad input, one line on standard error, or failed runs; 2: a wrong command line; 128 + N: stopped by
-    signal N (130 for Ctrl-C, 143 for SIGTERM), and the command resumes when it is run again.
+    signal N (130 for Ctrl-C, 143 for SIGTERM), and the command resumes when it is run again; 134, that is SIGABRT by
+    JAX: a job of several processes has lost one, and resumes, too.
     """
     with contextlib.suppress(AttributeError):  # a stream of another kind
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for any encoding
@@ -67,7 +69,7 @@ def _run_verb(name: str, argv: list[str]) -> None:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
     overrides = [argument for argument in rest if argument.startswith("--config.")]
     if unknown := [argument for argument in rest if argument not in overrides]:
         parser.error(f"unknown argument {unknown[0]!r}")

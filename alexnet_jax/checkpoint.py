@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from alexnet_jax import processes
 from alexnet_jax.config import as_json
 from alexnet_jax.data import statistics as statistics_lib
 from alexnet_jax.data.statistics import Statistics
@@ -21,7 +22,8 @@ from alexnet_jax.run_dir import DamagedFileError, RunDir, write_json
 class Checkpoints:
     """The last few checkpoints of a run, saved by Orbax; a context manager.
 
-    Everything in a checkpoint has a checksum, which is tied to its step.
+    Everything in a checkpoint has a checksum, which is tied to its step; each tower's part of an array has its own. The
+    processes of a job save and restore together, and all of them must see the folder.
     """
 
     def __init__(self, directory: Path, keep: int | None = None):
@@ -35,11 +37,17 @@ class Checkpoints:
         handlers = {name: ocp.JsonCheckpointHandler() for name in ("progress", "checksums")}
         handlers["state"] = ocp.StandardCheckpointHandler()
         # In the background the arrays would be read while the next step reuses their memory.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=self._writes, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, enable_async_checkpointing=False)
+        if processes.count() > 1:  # named, so that Orbax's barriers have time limits; readers wait for nobody
+            active = set(range(processes.count())) if self._writes else {jax.process_index()}
+            options.multiprocessing_options = ocp.options.MultiprocessingOptions(min(active), active)
         if self._writes:
-            # Of processes that were killed while they saved; Orbax's own option may leave them when it is closed.
-            for unfinished in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(unfinished)
+            if processes.is_first():
+                self._directory.mkdir(parents=True, exist_ok=True)
+                # Of processes that were killed while they saved; Orbax's own option may leave them when it is closed.
+                for unfinished in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                    shutil.rmtree(unfinished)
+            processes.barrier("unfinished checkpoints")
         self._manager = ocp.CheckpointManager(self._directory, item_handlers=handlers, options=options)
 
     def __enter__(self) -> Self:
@@ -55,7 +63,7 @@ class Checkpoints:
           state: a pytree of arrays.
           progress: what else the run needs to resume, as JSON.
         """
-        checksums = _checksums_without_arrays(step, progress, state) | _checksums_of_arrays(state)
+        checksums = _checksums_without_arrays(step, progress, state) | processes.merge(_checksums_by_tower(state))
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             progress=ocp.args.JsonSave(progress),
@@ -111,13 +119,16 @@ class Checkpoints:
             saved = self._manager.item_metadata(step)["state"].tree
             state: Any = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), saved)
             actual = _checksums_without_arrays(step, progress, state)
-            if actual.keys().isdisjoint(expected):  # version 0.2.0 had checksums of arrays only
+            if actual.keys().isdisjoint(expected):  # version 0.2.0 had checksums of whole arrays only
                 expected = actual | expected
             wrong = [name for name in actual if actual[name] != expected.get(name)]
             if not wrong:  # the shapes are right, and so is the memory that the arrays need
                 items = ocp.args.Composite(state=ocp.args.StandardRestore(state))
                 state = self._manager.restore(step, args=items)["state"]
-                actual |= _checksums_of_arrays(state)
+                of_arrays = _checksums_by_tower(state)
+                if of_arrays.keys().isdisjoint(expected):
+                    of_arrays = {path: zlib.crc32(array.tobytes()) for path, array in _leaves(state).items()}
+                actual |= of_arrays
                 wrong = [name for name in actual | expected if actual.get(name) != expected.get(name)]
         except MemoryError:
             raise
@@ -133,9 +144,11 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         """Rename the folder of a damaged checkpoint, so that Orbax does not see it."""
-        aside = self._directory / f"damaged_{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        (self._directory / str(step)).rename(aside)
+        if processes.is_first():
+            aside = self._directory / f"damaged_{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(step)).rename(aside)
+        processes.barrier("damaged checkpoint")
         self._manager.reload()
 
 
@@ -145,9 +158,14 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _checksums_of_arrays(state: Any) -> dict[str, int]:
-    """Return the CRC-32 of every array, by its path in the tree."""
-    return {path: zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in _leaves(jax.device_get(state)).items()}
+def _checksums_by_tower(state: Any) -> dict[str, int]:
+    """Return the CRC-32 of each tower's part of every array, as far as this process has them, by path and tower."""
+    return {
+        f"{path}[{first + number}]": zlib.crc32(values.tobytes())
+        for path, leaf in _leaves(state).items()
+        for first, part in processes.local_shards(leaf)
+        for number, values in enumerate(part)
+    }
 
 
 def _checksums_without_arrays(step: int, progress: dict[str, Any], state: Any) -> dict[str, int]:
@@ -168,7 +186,7 @@ def _like(state: Any, saved: Any, folder: Path) -> Any:
                 "choose another --workdir, or delete the run's folder"
             )
     placed = [
-        jax.device_put(arrays[path], leaf.sharding) if isinstance(leaf, jax.Array) else arrays[path]
+        processes.put(arrays[path], leaf.sharding) if isinstance(leaf, jax.Array) else arrays[path]
         for path, leaf in wanted.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(state), placed)

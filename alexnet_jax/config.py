@@ -22,7 +22,7 @@ from alexnet_jax.configs import FOLDER
 
 SECTIONS = ("model", "data", "optim", "train", "eval")
 
-ACTIVATIONS = ("relu", "tanh", "gelu", "silu")  # functions of flax.linen
+ACTIVATIONS = ("relu", "tanh", "scaled_tanh", "gelu", "silu")
 OPERATIONS = ("activation", "lrn", "spatial_lrn", "batch_norm", "max_pool", "avg_pool", "dropout")
 KINDS = ("conv", "local", "dense")
 WINDOW = ("kernel", "stride", "padding")  # fields that dense layers do not have
@@ -416,6 +416,7 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
         yield "train.batch_size", _Rule(lambda size: size % model.towers == 0, rule)
     yield "train.epochs", _POSITIVE
     yield "train.epochs", _EPOCHS
+    yield "train.stop_at_error", _or_none(_FRACTION)
     yield "train.label_smoothing", _FRACTION
     yield "train.log_every", _at_least(1)
     yield "train.profile", _at_least(0)

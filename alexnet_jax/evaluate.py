@@ -18,7 +18,7 @@ from jax import lax
 from ml_collections import ConfigDict, FrozenConfigDict
 from rich.table import Column, Table
 
-from alexnet_jax import checkpoint, model, terminal
+from alexnet_jax import checkpoint, model, processes, terminal
 from alexnet_jax.data import augment, datasets, loader
 from alexnet_jax.data.datasets import Source
 from alexnet_jax.data.statistics import Statistics
@@ -28,6 +28,7 @@ from alexnet_jax.run_dir import RunDir, write_json
 # A compiled function (variables, statistics, images) -> array (batch, ...), for uint8 images (batch, size, size, ch) or
 # a `loader.Selection` of them.
 Predictor = Callable[[Any, Statistics, Any], jax.Array]
+ONE_DEVICE = Executor("vmap", 1)
 
 
 def per_example_metrics(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> dict[str, jax.Array]:
@@ -102,7 +103,7 @@ def map_over_batch(function: Callable[[Any, Statistics, jax.Array], jax.Array], 
     def call(variables: Any, statistics: Statistics, images: Any) -> jax.Array:
         *resident, batch = images if isinstance(images, loader.Selection) else (images,)
         mapped_batch = mapped_selection if resident else mapped
-        padding = -len(batch) % executor.shards
+        padding = -len(batch) % len(executor.local_rows(executor.shards))
         if padding == 0:
             return mapped_batch(variables, statistics, *resident, batch)
         padded = np.pad(batch, [(0, padding), *[(0, 0)] * (batch.ndim - 1)])
@@ -123,13 +124,25 @@ class Outcomes(NamedTuple):
         return {name: float(values.mean(dtype=np.float64)) for name, values in self.metrics.items()}
 
 
-def evaluate(predictions: Sequence[Callable[[Any], jax.Array]], source: Source, config: ConfigDict) -> Outcomes:
-    """Evaluate the mean of the probabilities of networks, which turn images into logits, on all images of a source."""
+def evaluate(
+    predictions: Sequence[Callable[[Any], jax.Array]],
+    source: Source,
+    config: ConfigDict,
+    executor: Executor = ONE_DEVICE,
+) -> Outcomes:
+    """Evaluate the mean of the probabilities of networks, which turn images into logits, on all images of a source.
+
+    Args:
+      executor: in a job of several processes, what the networks predict with: each process reads its rows of a batch.
+        All have the same outcomes.
+    """
     parts: list[Any] = []
-    for batch in loader.all_batches(source, config, config.eval.batch_size):
-        logits = np.stack([predict(batch["image"]) for predict in predictions])
-        outcomes = Outcomes(*jax.device_get(_outcomes(logits, batch["label"])))
-        parts.append(jax.tree.map(lambda values, mask=batch["mask"]: values[mask], outcomes))
+    size = -(-config.eval.batch_size // executor.shards) * executor.shards
+    for batch in loader.all_batches(source, config, size, executor.local_rows(size)):
+        logits = np.stack([processes.fetch(predict(batch["image"])) for predict in predictions])
+        labels, mask = (executor.gather_rows(batch[name]) for name in ("label", "mask"))
+        outcomes = Outcomes(*jax.device_get(_outcomes(logits, labels)))
+        parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outcomes))
     outcomes = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
     if len(outcomes.labels) != len(source):
         raise RuntimeError(f"counted {len(outcomes.labels)} of {len(source)} images")

@@ -221,6 +221,11 @@ def _kernel_gradient(
     return kernel[:kernel_height, :kernel_width]
 
 
+def scaled_tanh(x: jax.Array) -> jax.Array:
+    """Return 1.7159 tanh(2x / 3), which maps 1 to 1 and -1 to -1 (LeCun et al., Efficient BackProp, 1998)."""
+    return 1.7159 * jnp.tanh(2 / 3 * x)
+
+
 def lrn(x: jax.Array, *, n: int, k: float, alpha: float, beta: float) -> jax.Array:
     """Normalise local responses over neighbouring channels (paper, section 3.3).
 

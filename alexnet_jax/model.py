@@ -102,7 +102,7 @@ class AlexNet(nn.Module):
         config = self.config
         match operation:
             case "activation":
-                return getattr(nn, config.activation)(x)
+                return getattr(layers if config.activation == "scaled_tanh" else nn, config.activation)(x)
             case "lrn" | "spatial_lrn" if not config.lrn.enabled:
                 return x
             case "lrn":

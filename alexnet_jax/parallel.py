@@ -5,7 +5,8 @@ and the other shards of the batch through collectives over `DATA`. Three executo
 
 - `vmap`: all towers on one device.
 - `pmap`: one tower on each device, as the paper had one on each of two GPUs.
-- `shard_map`: model parallel and data parallel on a mesh: each tower on several devices, which shard the batch.
+- `shard_map`: model parallel and data parallel on a mesh: each tower on several devices, which shard the batch. The
+  devices may belong to several processes of one job (`processes.py`), each of which has some rows of the batch.
 """
 
 import contextlib
@@ -23,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from alexnet_jax import processes
 
 TOWER, DATA = "tower", "data"
 
@@ -114,9 +117,10 @@ class Executor:
 
     @functools.cached_property
     def devices(self) -> list[jax.Device]:
-        """The devices in use: one, one per tower, or one per tower and shard."""
+        """The devices in use, of all processes: one, one per tower, or one per tower and shard."""
         count = 1 if self.name == "vmap" else self.shards * self.towers
-        return jax.local_devices()[:count]
+        # In the order of processes: those of a pair of towers belong to one process, if it has a multiple of them.
+        return jax.devices()[:count]
 
     @property
     def platform(self) -> str:
@@ -134,13 +138,42 @@ class Executor:
         """The sharding of arrays with a leading tower axis."""
         return NamedSharding(self._mesh, PartitionSpec(TOWER))
 
+    @property
+    def copies(self) -> int:
+        """How many copies of a replicated array this process has."""
+        return sum(device.process_index == jax.process_index() for device in self.devices)
+
     def place(self, tree: Any) -> Any:
-        """Put arrays with a leading tower axis where `map` expects them, so that they can be donated."""
-        return jax.device_put(tree, self.sharding)
+        """Put arrays with a leading tower axis where `map` expects them, so that they can be donated.
+
+        All processes give the same arrays.
+        """
+        return processes.put(tree, self.sharding)
 
     def replicate(self, tree: Any) -> Any:
         """Put arrays on every device, for arguments of `map` with axis None that do not change."""
-        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
+        return processes.put(tree, NamedSharding(self._mesh, PartitionSpec()))
+
+    def local_rows(self, count: int) -> np.ndarray:
+        """Return which of the `count` rows of a batch, a multiple of `shards`, this process has: all, without a job."""
+        if processes.count() == 1:
+            return np.arange(count)
+        slices = self._rows.addressable_devices_indices_map((count,)).values()
+        return np.unique(np.concatenate([np.arange(count)[index] for index in slices]))
+
+    def gather_rows(self, local: np.ndarray) -> np.ndarray:
+        """Return the whole of an array of which each process has its `local_rows`; all processes call it together."""
+        return processes.fetch(self._from_local_rows(local))
+
+    @property
+    def _rows(self) -> NamedSharding:
+        """The sharding of the rows of a batch."""
+        return NamedSharding(self._mesh, PartitionSpec(DATA))
+
+    def _from_local_rows(self, rows: Any) -> Any:
+        if processes.count() == 1 or isinstance(rows, jax.Array):
+            return rows
+        return jax.make_array_from_process_local_data(self._rows, rows)
 
     def map(
         self, function: Callable, *, in_axes: Axes, out_axes: OutAxes, donate_argnums: tuple[int, ...] = ()
@@ -153,7 +186,8 @@ class Executor:
         Args:
           function: what one tower computes of one shard of the batch.
           in_axes: leading axis of each argument: `TOWER`, which the function does not see; `DATA`, which is sharded
-            (its length must be a multiple of `shards`); or None, the same everywhere.
+            (its length must be a multiple of `shards`, and each process gives its `local_rows`); or None, the same
+            everywhere.
           out_axes: the same of the result, or of each element of a tuple. With `DATA` or None it must be equal on all
             towers; with `TOWER` or None on all shards.
           donate_argnums: arguments whose memory the result may reuse.
@@ -171,14 +205,19 @@ class Executor:
             else:
                 mapped = jax.vmap(one_shard, ins, outs, axis_name=TOWER, axis_size=self.towers)
         compiled = jax.jit(mapped, donate_argnums=donate_argnums, **options)
-        if len(self.devices) == 1 or self.platform != "cpu":
+        if len(self.devices) == 1 or (self.platform != "cpu" and processes.count() == 1):
             return compiled
 
-        # CPU devices share one thread pool. A step dispatched while another is in flight can take the threads on which
-        # the other tower of the first one would answer: both would wait for ever.
         @functools.wraps(compiled)
         def call(*arguments: Any) -> Any:
-            return jax.block_until_ready(compiled(*arguments))
+            placed = [
+                jax.tree.map(self._from_local_rows, argument) if axis == DATA else argument
+                for axis, argument in zip(in_axes, arguments, strict=True)
+            ]
+            result = compiled(*placed)
+            # CPU devices share one thread pool. A step dispatched while another is in flight can take the threads on
+            # which the other tower of the first one would answer: both would wait for ever.
+            return jax.block_until_ready(result) if self.platform == "cpu" else result
 
         return call
 
@@ -209,16 +248,23 @@ def _for_each(function: Callable, axes: OutAxes, *values: Any) -> Any:
     return tuple(map(function, axes, *values)) if isinstance(axes, tuple) else function(axes, *values)
 
 
-def make_executor(name: str, towers: int, batch_size: int) -> Executor:
-    """Choose the executor of a run; raise ValueError if pmap or shard_map has fewer devices than towers.
+def make_executor(name: str, towers: int, batch_size: int, parts: int = 1) -> Executor:
+    """Choose the executor of a run.
 
     Args:
       name: "vmap", "pmap", "shard_map", or "auto": the last of them that has enough devices and uses several.
-      batch_size: the batch is sharded over as many devices as divide it.
+      batch_size: the batch is sharded over as many devices as divide it; in a job of several processes over all.
+      parts: equal parts of a shard, of one image at least, which divide it as the layout of the run does.
+
+    Raises:
+      ValueError: pmap or shard_map has fewer devices than towers, or a job of several processes cannot use all of its
+        devices with shard_map.
     """
-    devices = jax.local_devices()
+    devices = jax.devices()
+    if processes.count() > 1:
+        return _make_job_executor(name, towers, batch_size, parts)
     per_tower = len(devices) // towers
-    shards = max((count for count in range(1, per_tower + 1) if batch_size % count == 0), default=0)
+    shards = max((count for count in range(1, per_tower + 1) if batch_size % (count * parts) == 0), default=0)
     if name == "auto":
         name = "shard_map" if shards > 1 else "pmap" if 1 < towers <= len(devices) else "vmap"
     if name != "vmap" and not shards:
@@ -230,6 +276,29 @@ def make_executor(name: str, towers: int, batch_size: int) -> Executor:
             "before JAX is first used)"
         )
     return Executor(name, towers, shards if name == "shard_map" else 1)
+
+
+def _make_job_executor(name: str, towers: int, batch_size: int, parts: int) -> Executor:
+    """Choose the executor of a run of several processes: shard_map over all devices of all processes."""
+    if name not in ("auto", "shard_map"):
+        raise ValueError(
+            f"train.executor={name}: must be shard_map for a job of {processes.count()} processes, as {name} would "
+            "train each by itself; use --config.train.executor=shard_map, or start one process"
+        )
+    devices = len(jax.devices())
+    if devices % towers:
+        raise ValueError(
+            f"model.towers={towers}: must divide the {devices} devices of the job's {processes.count()} processes; "
+            "start another number of processes"
+        )
+    shards = devices // towers
+    divisor = shards * parts
+    if batch_size % divisor:
+        raise ValueError(
+            f"train.batch_size={batch_size}: must be a multiple of {divisor}, for {devices} devices and {towers} "
+            f"tower(s); use --config.train.batch_size={-(-batch_size // divisor) * divisor}, or fewer processes"
+        )
+    return Executor("shard_map", towers, shards)
 
 
 def global_positions(count: int, axes: tuple[str, ...] = (DATA,)) -> jax.Array:

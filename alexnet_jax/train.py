@@ -1,7 +1,9 @@
 """One run, from a config to a result: setup, state, training step, and the loop."""
 
+import contextlib
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array, lax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from alexnet_jax import figures, model, optim, stop, weights
+from alexnet_jax import figures, model, optim, processes, stop, weights
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import SECTIONS, as_json, validate
 from alexnet_jax.data import augment, datasets, statistics
@@ -106,7 +108,7 @@ def open_run(config: ConfigDict) -> Setup:
         )
     model.shapes(config.model, dataset.classes, (config.data.crop, config.data.crop, dataset.channels))
     parts = config.model.towers if config.train.layout == "one_weird_trick" else 1  # of a shard of the batch
-    executor = make_executor(config.train.executor, config.model.towers, config.train.batch_size // parts)
+    executor = make_executor(config.train.executor, config.model.towers, config.train.batch_size, parts)
     setup = Setup(config, dataset, executor)
     if setup.steps >= 2**31:  # steps are counted in int32
         raise ValueError(
@@ -245,13 +247,17 @@ def make_evaluator(setup: Setup) -> Callable[[State, Statistics], dict[str, Outc
 
     def evaluate_all(state: State, statistics: Statistics) -> dict[str, Outcomes]:
         predict = functools.partial(predictor, state.variables, statistics)
-        return {part: evaluate([predict], images, setup.config) for part, images in setup.evaluated.items()}
+        evaluated = setup.evaluated.items()
+        return {part: evaluate([predict], images, setup.config, setup.executor) for part, images in evaluated}
 
     return evaluate_all
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train a network, or resume training it, and evaluate it.
+
+    The processes of a job (`processes.py`) call it together; process 0 alone writes into the folder, but for
+    checkpoints, and has the records.
 
     Args:
       config: of one run (`config.run_config`).
@@ -274,27 +280,45 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
     run.check_dataset(setup.dataset.metadata(config.data))
     weights.check_initial(run, config, setup.dataset)
     setup = _keep_in_memory(setup)
-    measured, notes = _start(run, setup)
+    with processes.first_alone("statistics"):
+        measured = statistics.load_or_measure(run.statistics_file, setup.dataset, config.data)
+    with contextlib.ExitStack() as stack:
+        records = run if processes.is_first() else RunDir(stack.enter_context(tempfile.TemporaryDirectory()))
+        return _train(run, records, setup, measured, labels)
+
+
+def _train(
+    run: RunDir, records: RunDir, setup: Setup, measured: Statistics, labels: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Train and evaluate a network as `train_and_evaluate` does, and write what it records into a folder."""
+    config = setup.config
+    notes = _start(records, setup)
     stats = setup.executor.replicate(measured)
     executor, steps, epoch = setup.executor, setup.steps, setup.steps_per_epoch
     evaluate_all = make_evaluator(setup)
-    with Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints, stop.requests() as request:
+    with (
+        Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints,
+        stop.requests(processes.agreement()) as request,
+    ):
         state, progress = executor.place(init_state(setup)), Progress()
         if restored := checkpoints.restore(state):
             state, progress = restored[0], Progress.from_json(restored[1])
         elif config.train.init_from:
             initial = weights.initial(config, setup.dataset)
             state, notes = executor.place(new_state(config, initial.variables)), [*notes, *initial.notes]
-            write_json(run.initial_file, initial.origin)
-        with MetricWriter(run, start=progress.step, stop=steps, expected=progress.metrics) as writer:
+            write_json(records.initial_file, initial.origin)
+        expected = progress.metrics if processes.is_first() else None
+        with MetricWriter(records, start=progress.step, stop=steps, expected=expected) as writer:
             _log_start(run, writer, setup, progress.step)
             for note in (*notes, *checkpoints.damaged):
                 writer.log(note)
             timer = Timer(progress)
             outcomes: dict[str, Outcomes] = {}
             train_steps, spans, batches = _dispatch(setup, progress.step)
-            batches = profiled(timer.waiting(batches), config.train.profile, run.path)
+            batches = profiled(timer.waiting(batches), config.train.profile, records.path)
             for span, batch in zip(spans, batches, strict=True):
+                if _reached_error(config, progress):
+                    break
                 timer.begin(len(span), state)
                 with jax.profiler.StepTraceAnnotation("train", step_num=span.stop):
                     decays = np.int32(progress.plateau.decays)
@@ -302,7 +326,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                 timer.count(len(span) * config.train.batch_size, state)
                 progress.step = step = span.stop
                 writer.progress(step)
-                last, due = step == steps, _due(setup, step)
+                due = _due(setup, step)
                 if due.log:
                     with timer.paused(state):
                         learning_rate = optim.learning_rate(config.optim, epoch, steps, step - 1, decays)
@@ -324,26 +348,33 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
                             error = scores["validation/top1_error"]
                             progress.plateau = progress.plateau.after(error, config.optim.plateau)
                         writer.image(step, f"{config.model.order[0]}/filters", figures.filter_grid, filters)
+                last = step == steps or _reached_error(config, progress)
                 stopping = request.is_set()  # asked once: a later signal finds no checkpoint of this step
-                if due.save or stopping:
+                if last or due.save or stopping:
                     with timer.paused(state):
-                        _check_finite(flatten_dict(jax.device_get(state.variables), sep="/"), step)
+                        _check_finite(flatten_dict(state.variables, sep="/"), step)
                         writer.flush()
                         checkpoints.save(step, state, dataclasses.asdict(progress))
                 if stopping and not last:
                     request.obey(f"{run.path}: stopped at step {step} of {steps}; a checkpoint is saved")
             outcomes = outcomes or evaluate_all(state, stats)
-            _write_artifacts(run, writer, setup, outcomes["eval"], _first_kernel(state, config))
+            _write_artifacts(records, writer, setup, progress.step, outcomes["eval"], _first_kernel(state, config))
             result = {
-                "steps": steps,
-                "epochs": steps / epoch,
+                "steps": progress.step,
+                "epochs": progress.step / epoch,
                 "parameters": model.count_parameters(state.params),
                 **{name: value for name, value in progress.metrics.items() if "/" in name},
                 **timer.totals(),
             }
             writer.hparams(labels or {"seed": config.seed}, {k: v for k, v in result.items() if k.startswith("eval/")})
-    write_json(run.result_file, result)
+    write_json(records.result_file, result)
     return result
+
+
+def _reached_error(config: ConfigDict, progress: Progress) -> bool:
+    """Return whether the last evaluation of the training images ends the run (`train.stop_at_error`)."""
+    error = config.train.stop_at_error
+    return error is not None and progress.metrics.get("train_eval/top1_error", np.inf) <= error
 
 
 def _keep_in_memory(setup: Setup) -> Setup:
@@ -355,11 +386,11 @@ def _keep_in_memory(setup: Setup) -> Setup:
 def _dispatch(setup: Setup, start: int) -> tuple[Callable[..., State], list[range], Iterator[Any]]:
     """Return the training step, or several, the spans of 0-based steps from `start` on, and a batch for each span."""
     config, images, source = setup.config, setup.images_on_devices, setup.dataset.train
-    spans = list(_spans(setup, start))
+    spans, rows = list(_spans(setup, start)), setup.executor.local_rows(config.train.batch_size)
     if images is None:
-        batches = train_batches(source, config, seed=config.seed, start=start, stop=setup.steps)
+        batches = train_batches(source, config, seed=config.seed, start=start, stop=setup.steps, rows=rows)
         return make_train_step(setup), spans, batches
-    selections = resident_train_batches(source, config, seed=config.seed, spans=spans)
+    selections = resident_train_batches(source, config, seed=config.seed, spans=spans, rows=rows)
     return functools.partial(make_resident_steps(setup), images), spans, selections
 
 
@@ -374,9 +405,11 @@ class _Due(NamedTuple):
 def _due(setup: Setup, step: int) -> _Due:
     """Return whether to log, evaluate and save after a step, counted from 1; all of it after the last one."""
     config, last = setup.config, step == setup.steps
+    evaluate = last or _crosses_multiple(step, setup.steps_per_epoch * config.eval.every_epochs)
+    may_stop = evaluate and config.train.stop_at_error is not None
     return _Due(
-        log=last or step % config.train.log_every == 0,
-        evaluate=last or _crosses_multiple(step, setup.steps_per_epoch * config.eval.every_epochs),
+        log=last or may_stop or step % config.train.log_every == 0,
+        evaluate=evaluate,
         save=last or step % config.train.checkpoint_every == 0,
     )
 
@@ -395,15 +428,15 @@ def _spans(setup: Setup, start: int) -> Iterator[range]:
         start = stop
 
 
-def _start(run: RunDir, setup: Setup) -> tuple[Statistics, list[str]]:
-    """Write the files that describe a run, and return its dataset statistics, and what to log of its environment."""
+def _start(run: RunDir, setup: Setup) -> list[str]:
+    """Write the files that describe a run, and return what to log of its environment."""
     config, dataset = setup.config, setup.dataset
     devices = [str(device) for device in setup.executor.devices]
     write_json(run.config_file, as_json(config))
     write_json(run.dataset_file, dataset.metadata(config.data))
-    stats = statistics.load_or_measure(run.statistics_file, dataset, config.data)
     executed = {
         "executor": setup.executor.name,
+        "processes": processes.count(),
         "layout": config.train.layout,
         "devices": devices,
         "device_kind": setup.executor.devices[0].device_kind,
@@ -411,9 +444,7 @@ def _start(run: RunDir, setup: Setup) -> tuple[Statistics, list[str]]:
         "matmul_precision": config.train.matmul_precision,
     }
     changed = run.record_environment(environment() | executed)
-    return stats, [
-        f"since the interruption, {key} has changed from {old} to {new}" for key, (old, new) in changed.items()
-    ]
+    return [f"since the interruption, {key} has changed from {old} to {new}" for key, (old, new) in changed.items()]
 
 
 def _log_start(run: RunDir, writer: MetricWriter, setup: Setup, step: int) -> None:
@@ -433,11 +464,13 @@ def _log_start(run: RunDir, writer: MetricWriter, setup: Setup, step: int) -> No
     writer.log(f"images: {where}; steps in one program: {setup.steps_per_dispatch}")
 
 
-def _write_artifacts(run: RunDir, writer: MetricWriter, setup: Setup, outcomes: Outcomes, filters: np.ndarray) -> None:
+def _write_artifacts(
+    run: RunDir, writer: MetricWriter, setup: Setup, step: int, outcomes: Outcomes, filters: np.ndarray
+) -> None:
     """Write what the report shows of a trained network: its filters, errors by class, and most confident errors."""
     dataset = setup.dataset
     size = setup.config.data.image_size
-    writer.image(setup.steps, "eval/most_confident_errors", figures.confident_errors, outcomes, dataset, size)
+    writer.image(step, "eval/most_confident_errors", figures.confident_errors, outcomes, dataset, size)
     with atomic_write(run.filters_file) as temporary, temporary.open("wb") as file:
         np.save(file, filters)
     images = np.bincount(outcomes.labels, minlength=dataset.classes)
@@ -448,24 +481,29 @@ def _write_artifacts(run: RunDir, writer: MetricWriter, setup: Setup, outcomes: 
 
 def _first_kernel(state: State, config: ConfigDict) -> np.ndarray:
     """Return the kernel of the first layer, with a leading tower axis."""
-    return jax.device_get(state.params[config.model.order[0]]["kernel"])
+    return processes.fetch(state.params[config.model.order[0]]["kernel"])
 
 
 def _mean_metrics(state: State) -> dict[str, float]:
     """Return mean training loss and errors since they were last logged."""
-    totals = {name: float(total[0]) for name, total in jax.device_get(state.sums).items()}
+    totals = {name: float(processes.local_shards(total)[0][1][0]) for name, total in state.sums.items()}
     images = totals.pop("images")
     return {f"train/{name}": total / images for name, total in totals.items()} if images else {}
 
 
 def _check_finite(values: Mapping[str, Any], step: int) -> None:
-    """Raise FloatingPointError if a metric or an array is not finite: it is neither logged nor saved."""
-    for name, value in values.items():
-        if not np.isfinite(value).all():
-            what = value if np.ndim(value) == 0 else "not finite"
-            raise FloatingPointError(
-                f"{name} is {what} by step {step}: training has diverged; lower --config.optim.learning_rate"
-            )
+    """Raise FloatingPointError if a metric or an array is not finite: it is neither logged nor saved.
+
+    Each process of a job looks at the parts of arrays that it has, and all raise it together.
+    """
+    parts = ((name, part) for name, value in values.items() for _, part in processes.local_shards(value))
+    wrong = next(((name, part) for name, part in parts if not np.isfinite(part).all()), None)
+    if processes.any_process(wrong is not None):
+        name, value = wrong or ("an array of another process", np.empty(1))
+        what = value if np.ndim(value) == 0 else "not finite"
+        raise FloatingPointError(
+            f"{name} is {what} by step {step}: training has diverged; lower --config.optim.learning_rate"
+        )
 
 
 def _crosses_multiple(step: int, period: float) -> bool:

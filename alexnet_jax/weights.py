@@ -116,6 +116,16 @@ class Torchvision:
         return previous.features if previous.kind == "conv" else inputs
 
 
+def load_network(source: Path, config: ConfigDict | None) -> TrainedNetwork:
+    """Load the network of a run, with another config if one is given, or of a file with the config's architecture."""
+    if source.is_dir():
+        network = load_run(source)
+        return network if config is None else network._replace(config=config)
+    if config is None:
+        raise ValueError(f"{source}: must come with its architecture; give --config=configs/networks/...")
+    return read_file(source, config)
+
+
 def read_file(path: Path, config: ConfigDict) -> TrainedNetwork:
     """Read another program's file; mean and scale of the input are those that `write_file` stored, else the config's.
 

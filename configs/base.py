@@ -138,7 +138,16 @@ def study(
       changes: Changes to the base config for all arms.
       seeds: Random seeds; every arm runs with each of them.
     """
-    config = get_config(scale, changes)
+    return compare(get_config(scale, changes), arms, claims, seeds)
+
+
+def compare(
+    config: ConfigDict,
+    arms: Mapping[str, Mapping[str, Any]],
+    claims: Iterable[dict[str, object]] = (),
+    seeds: Iterable[int] = (0, 1, 2),
+) -> ConfigDict:
+    """Return a study of a config, such as one of `configs/networks/`, which is changed; the rest is as in `study`."""
     config.arms = ConfigDict({arm: _nested(changed) for arm, changed in arms.items()}, sort_keys=False)
     config.claims = tuple(claimed for claimed in claims if claimed["arm"] in arms)
     config.seeds = tuple(seeds)
@@ -174,7 +183,7 @@ def get_config(
 
     config.model = ConfigDict()
     config.model.towers = 2  # section 3.2
-    config.model.activation = "relu"  # section 3.1; "relu", "tanh", "gelu" or "silu"
+    config.model.activation = "relu"  # section 3.1; "relu", "tanh", "scaled_tanh", "gelu" or "silu"
     config.model.init = "normal"  # section 5; distribution of the initial weights: "normal" or "uniform"
     # Precision of the computation: "float32" or "bfloat16". Parameters, their updates and the loss are always float32.
     config.model.dtype = "float32"
@@ -300,6 +309,8 @@ def get_config(
     config.train.new_head = False  # with init_from: the last layer has initial values, also --new_head
     config.train.batch_size = 128
     config.train.epochs = 90.0
+    # Stop after the first evaluation whose train_eval/top1_error is at most this, as for figure 1. None: never.
+    config.train.stop_at_error = placeholder(float)
     config.train.label_smoothing = 0.0  # probability spread over all classes (Szegedy et al., 2015); 0: off
     config.train.log_every = 100  # steps
     config.train.profile = 0  # steps recorded by jax.profiler in the run's folder; 0: none
@@ -320,7 +331,10 @@ def get_config(
     config.tuning = ConfigDict()
     config.tuning.key = ""  # dotted key, such as "optim.learning_rate"; empty: no tuning
     config.tuning.choices = ()  # the values to try
-    config.tuning.metric = "validation/top1_error"  # lowest mean wins; or "epochs_to_25": epochs to 25 % training error
+    config.tuning.choices_by_arm = ConfigDict()  # other values for the arms that need them, by name
+    # The lowest mean wins. "epochs_to_25" or "train_eval_epochs_to_25": epochs to 25 % training error, of the training
+    # batches or of a pass over `eval.train_images` training images at each evaluation.
+    config.tuning.metric = "validation/top1_error"
     config.tuning.epochs = placeholder(float)  # length of each trial; None: train.epochs
     config.tuning.seeds = (1000,)  # of the trials; none of the study's
 

@@ -19,17 +19,16 @@ METRICS = {  # in the README's table
     "generalisation_gap": "generalisation gap, points",
     "epochs_to_25": "epochs to 25 % training error",
 }
-ALL_IN_ONE = "contributions"  # the study that repeats the claims of the others
+ALL_IN_ONE = "contributions"  # the study that repeats the claims of the others, and is left out
 
 
 def list_studies() -> list[Path]:
-    """Return the folders of the studies with claims, in the order of the paper's sections; ALL_IN_ONE is last."""
+    """Return the folders of the studies with claims, in the order of the paper's sections."""
 
-    def key(folder: Path) -> tuple[bool, str, str]:
-        sources = [claim["source"] for claim in analysis.load_study(folder)["claims"]]
-        return folder.name == ALL_IN_ONE, min(sources), str(folder)
+    def key(folder: Path) -> tuple[str, str]:
+        return min(claim["source"] for claim in analysis.load_study(folder)["claims"]), str(folder)
 
-    folders = [file.parent for file in HERE.glob("**/study.json")]
+    folders = [file.parent for file in HERE.glob("**/study.json") if file.parent.name != ALL_IN_ONE]
     return sorted((folder for folder in folders if analysis.load_study(folder)["claims"]), key=key)
 
 
@@ -44,31 +43,49 @@ def objection(study: Path, metric: str) -> str:
     return "withdrawn: tuned value at the edge of its grid" if at_edge else ""
 
 
+def published() -> pd.DataFrame:
+    """Return what others measured as text, by arm and metric: a column for each of them."""
+    effects = pd.read_csv(HERE / "published.csv").pivot(index=["arm", "metric"], columns="by", values="effect")
+    return effects.map(lambda effect: "" if pd.isna(effect) else f"{100 * effect:+.2f}").reset_index()
+
+
 def list_claims(study: Path) -> pd.DataFrame:
-    """Return the claims of a study as text, with the study's name and data and the objections to its verdicts."""
+    """Return the claims of a study as text, with the study's name and data and the objections to its verdicts.
+
+    Claims without any pair of runs are left out.
+    """
     claims = analysis.verdicts(study).rename(columns={"pairs": "n"})
     claims["verdict"] = [
         objection(study, metric) or verdict for metric, verdict in zip(claims["metric"], claims["verdict"], strict=True)
     ]
     claims.insert(0, "study", study.relative_to(HERE).as_posix())
     claims["data"] = analysis.load_study(study)["reported"]
-    return claims
+    return claims[claims["n"] != "0"]
+
+
+def page(study: str) -> str:
+    """Return the notebook of a study, or its README."""
+    folder = study.split("/")[0]
+    return f"{folder}/{'notebook.ipynb' if (HERE / folder / 'notebook.ipynb').exists() else 'README.md'}"
 
 
 def to_markdown(table: pd.DataFrame, folder: str) -> str:
     """Return a table in Markdown; names of studies link to their notebooks, below `folder`."""
-    linked = table.assign(study=[f"[{name}]({folder}{name.split('/')[0]}/notebook.ipynb)" for name in table["study"]])
+    linked = table.assign(study=[f"[{name}]({folder}{page(name)})" for name in table["study"]])
     rows = [linked.columns, ["---"] * len(linked.columns), *linked.itertuples(index=False)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def tables() -> dict[Path, str]:
-    """Return the table of each README: all claims, and those of `METRICS` in the studies of one contribution."""
+    """Return the table of each README: all claims, and those of `METRICS` that count."""
     claims = pd.concat(map(list_claims, list_studies()), ignore_index=True)
-    counts = (claims["study"] != ALL_IN_ONE) & ~claims["verdict"].str.startswith("withdrawn")
-    short = claims[counts & claims["metric"].isin(METRICS)]
+    short = claims[~claims["verdict"].str.startswith("withdrawn") & claims["metric"].isin(METRICS)]
     short = short.assign(metric=short["metric"].map(METRICS)).drop(columns="margin")
-    return {HERE / "README.md": to_markdown(claims, ""), HERE.parent / "README.md": to_markdown(short, "experiments/")}
+    others = published()
+    full = claims.merge(others, how="left", on=["arm", "metric"]).fillna("")
+    place = full.columns.get_loc("claim") + 1
+    full = full[[*full.columns[:place], *others.columns[2:], *full.columns[place : claims.shape[1]]]]
+    return {HERE / "README.md": to_markdown(full, ""), HERE.parent / "README.md": to_markdown(short, "experiments/")}
 
 
 def insert(text: str, table: str) -> str:
@@ -85,13 +102,13 @@ def insert(text: str, table: str) -> str:
 
 
 def write_plot(path: Path) -> None:
-    """Write the forest plot of all claims that count, except those that another study repeats."""
+    """Write the forest plot of all claims that count."""
     effects = []
     for study in list_studies():
-        if study.name != ALL_IN_ONE:
-            frame = analysis.claim_effects(study)
-            frame["arm"] = study.relative_to(HERE).as_posix() + ", " + frame["arm"]
-            effects.append(frame[[not objection(study, metric) for metric in frame["metric"]]])
+        frame = analysis.claim_effects(study)
+        frame["arm"] = study.relative_to(HERE).as_posix() + ", " + frame["arm"]
+        frame = frame[frame["pairs"] > 0]
+        effects.append(frame[[not objection(study, metric) for metric in frame["metric"]]])
     mpl.rcParams["svg.hashsalt"] = path.name  # the same file each time
     plots.plot_effects(pd.concat(effects, ignore_index=True)).savefig(path, metadata={"Date": None})
 

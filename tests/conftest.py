@@ -3,9 +3,10 @@
 import importlib
 import os
 import runpy
+import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +24,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from alexnet_jax import stop
 from support import REPOSITORY, TINY, command, run_config
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -41,6 +43,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny() -> ConfigDict:
     """Return the config of a run of 12 steps."""
     return run_config(**TINY)
+
+
+@pytest.fixture
+def default_handlers() -> Iterator[None]:
+    """Install Python's handlers of stop signals: a shell's background jobs ignore SIGINT, and so would the test's."""
+    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    for number in stop.SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,12 @@ from alexnet_jax.configs import base
 from alexnet_jax.run_dir import StudyDir, write_json
 
 FLAGS = {
-    "run": ("--config", "--workdir", "--init_from", "--new_head", "--extend", "--dry_run", "--only", "--seeds"),
+    "run": (
+        *("--config", "--workdir", "--init_from", "--new_head", "--extend", "--dry_run", "--only", "--seeds"),
+        *("--submit", "--submit_options"),
+        *("--cluster", "--coordinator", "--num_processes", "--process_id", "--start_timeout"),
+    ),
+    "launch": ("--processes", "--devices", "--grace", "COMMAND"),
     "prepare": (
         *("FOLDER", "--data_dir", "--manual_dir", "--size"),
         *("--name", "--hold_out", "--skip_bad", "--max_pixels"),
@@ -86,6 +91,7 @@ def test_unknown_flag_is_a_usage_error(
     """Exit status 2; an abbreviation or a slip is not taken for another flag."""
     required = {
         "run": [LRN, "--dry_run"],
+        "launch": ["--processes=2"],
         "prepare": ["x"],
         "evaluate": ["--run=x"],
         "predict": ["--run=x", "x"],
@@ -105,6 +111,7 @@ def test_unknown_flag_is_a_usage_error(
 def test_bad_input_is_one_line_and_exit_status_1(tmp_path: Path) -> None:
     calls = {
         ("run", LRN, "--seeds=0-5"): "--seeds=0-5: must be ",
+        ("launch", "--processes=2", "run"): "COMMAND='run': must be -- and the verb run",
         ("prepare", "photos", "--size=0"): "--size=0: must be ",
         ("evaluate", "--run=nowhere"): "nowhere",
         ("predict", "--run=nowhere", "image.jpg"): "nowhere",

@@ -152,6 +152,41 @@ def test_relu_study_tunes_on_its_claims_metric(scale: str) -> None:
     assert study.tuning.metric == claim["metric"] == "epochs_to_25"
 
 
+@pytest.mark.parametrize("initial_weights", ["code2012", "fan_in"])
+def test_figure_1_regularises_nothing_and_compares_activations_alone(initial_weights: str) -> None:
+    study = load("figure1", initial_weights)
+    assert {claim["metric"] for claim in study.claims} == {study.tuning.metric}
+    for arm in study.arms:
+        run = config_lib.run_config(study, arm, 0)
+        config_lib.validate(run)
+        assert run.model.activation == arm
+        assert run.optim.weight_decay == 0
+        assert not any(layer.weight_decay for layer in run.model.layers.values())
+        assert not run.data.augment.random_crop
+        assert not run.data.augment.flip
+        assert run.data.augment.colour.noise == 0
+        assert not {"dropout", "lrn", "batch_norm"} & {name for each in run.model.layers.values() for name in each.then}
+        stds = [run.model.layers[name].weight_std for name in run.model.order]
+        if initial_weights == "code2012":
+            assert stds == [0.0001, 0.01, 0.01, 0.01]
+        else:
+            gain = 2.0 if arm == "relu" else 1.0
+            first, rest = math.sqrt(gain / 75) / 63, math.sqrt(gain / 800)
+            assert stds == pytest.approx([first, rest, rest, 1 / 32])
+
+
+@pytest.mark.slow
+def test_photos_have_feature_maps_of_equal_size_without_overlap() -> None:
+    sizes = network_sizes("photos", "imagenette")
+    assert sizes["code2012"]["maps"] == sizes["no_overlap"]["maps"]
+    assert sizes["code2012"]["maps"]["conv1"].startswith("31x31")
+
+
+def test_figure_1_has_two_initial_weights() -> None:
+    with pytest.raises(ValueError, match="scale=cifar10: must be code2012 or fan_in"):
+        load("figure1", "cifar10")
+
+
 def network_sizes(name: str, scale: str) -> dict[str, dict[str, Any]]:
     """Return the sizes of the network of each arm, for 1000 classes of colour images."""
     study = load(name, scale)
@@ -392,7 +427,7 @@ def test_value_that_cannot_work_ends_the_command_before_anything_is_written(
     ("key", "value", "rule"),
     [
         ("model.towers", 0, "from 1 to 1000"),
-        ("model.activation", "rely", "one of relu, tanh, gelu, silu"),
+        ("model.activation", "rely", "one of relu, tanh, scaled_tanh, gelu, silu"),
         ("model.order", ("conv1", "conv9"), "a tuple of some of conv1, "),
         ("model.order", ("conv1", "conv1", "fc8"), "each once"),
         ("model.layers.conv2.features", 63, "a multiple of model.towers=2"),

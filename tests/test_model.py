@@ -197,6 +197,7 @@ def test_activation_is_its_formula(activation: str) -> None:
     formulas: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "relu": lambda x: np.maximum(x, 0),
         "tanh": np.tanh,
+        "scaled_tanh": lambda x: 1.7159 * np.tanh(2 * x / 3),
         "gelu": lambda x: 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))),
         "silu": lambda x: x / (1 + np.exp(-x)),
     }

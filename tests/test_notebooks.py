@@ -1,6 +1,8 @@
 """Committed notebooks and tables of results are up to date with the studies' files."""
 
+import csv
 import json
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +53,14 @@ def test_committed_tables_of_results_are_current() -> None:
     for path, table in summary.tables().items():
         text = path.read_text()
         assert summary.insert(text, table) == text, f"{path}: run experiments/summary.py"
+
+
+def test_published_effects_are_the_differences_of_their_sources() -> None:
+    """Of two errors in percent, or of two accuracies, the first without what the second has."""
+    for row in csv.DictReader((EXPERIMENTS / "published.csv").read_text().splitlines()):
+        first, second = map(float, re.findall(r"\d+\.\d+", row["source"])[:2])
+        difference = second - first if row["source"].startswith("accuracy") else (first - second) / 100
+        assert float(row["effect"]) == pytest.approx(difference, abs=1e-9)
 
 
 def test_speed_claim_counts_only_if_tuned_on_speed_inside_the_grid(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,16 +12,7 @@ import pytest
 from alexnet_jax import stop
 from support import REPOSITORY
 
-
-@pytest.fixture(autouse=True)
-def default_handlers() -> Iterator[None]:
-    """Install Python's handlers: pytest ignores SIGINT where a shell runs it in the background."""
-    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
-    for number in stop.SIGNALS:
-        signal.signal(number, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("default_handlers")
 
 
 @pytest.mark.parametrize("number", stop.SIGNALS)

@@ -60,7 +60,7 @@ def final_state(config: ConfigDict, workdir: Path) -> train.State:
     with Checkpoints(RunDir(workdir).checkpoints, keep=2) as checkpoints:
         restored = checkpoints.restore(train.init_state(setup))
     assert restored is not None
-    assert restored[1]["step"] == setup.steps
+    assert restored[1]["step"] == result(workdir)["steps"]
     return jax.device_get(restored[0])
 
 
@@ -303,6 +303,38 @@ def test_run_killed_before_its_result_gets_it_from_the_last_checkpoint(
     events = EventAccumulator(str(killed))
     events.Reload()
     assert [event.step for event in events.Images("eval/most_confident_errors")] == [12]
+
+
+@pytest.mark.slow
+def test_run_ends_at_the_evaluation_that_reaches_its_error(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the uninterrupted run of 12 steps up to step 6; also if it is interrupted before, or killed at the end."""
+    errors = {line["step"]: line["train_eval/top1_error"] for line in logged(whole) if "train_eval/top1_error" in line}
+    config = run_config(**TINY, **{"train.stop_at_error": errors[6]})
+    train.train_and_evaluate(config, tmp_path / "early")
+    assert result(tmp_path / "early")["steps"] == 6
+    assert result(tmp_path / "early")["train_eval/top1_error"] == errors[6] < 1
+    assert logged(tmp_path / "early") == [line for line in logged(whole) if line["step"] <= 6]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricWriter, "progress", send_at(4, signal.SIGTERM))
+        with pytest.raises(stop.Stopped):
+            train.train_and_evaluate(config, tmp_path / "pieces")
+    train.train_and_evaluate(config, tmp_path / "pieces")
+    assert_same_run(config, tmp_path / "early", tmp_path / "pieces")
+
+    killed = shutil.copytree(tmp_path / "early", tmp_path / "killed")
+    (killed / "result.json").unlink()
+    monkeypatch.setattr(MetricWriter, "progress", lambda *_: pytest.fail("trains further"))
+    train.train_and_evaluate(config, killed)
+    assert_same_run(config, tmp_path / "early", killed)
+
+
+@pytest.mark.slow
+def test_run_that_does_not_reach_its_error_has_its_full_length(tmp_path: Path, whole: Path) -> None:
+    train.train_and_evaluate(run_config(**TINY, **{"train.stop_at_error": 0.0}), tmp_path)
+    assert result(tmp_path) == result(whole)
 
 
 @pytest.mark.slow

@@ -23,6 +23,8 @@ from alexnet_jax.parallel import Executor
 
 Batch = dict[str, Any]  # "image": uint8 (batch, image_size, image_size, channels), "label": int32 (batch,)
 _DECODED_TOGETHER = 256  # images
+Rows = np.ndarray | slice
+ALL = slice(None)
 
 
 class Selection(NamedTuple):
@@ -41,7 +43,7 @@ def keep_in_memory(dataset: Dataset, data_config: ConfigDict, executor: Executor
     sources = [dataset.train, dataset.evaluation, *([dataset.validation] if dataset.validation else [])]
     files = tuple(dict.fromkeys(map(origin, sources)))
     needed = sum(len(source) * size**2 * source.channels for source in files)
-    copies = len(executor.devices) if executor.platform == "cpu" else 1  # in the same memory
+    copies = executor.copies if executor.platform == "cpu" else 1  # in the same memory
     if copies * needed <= data_config.resident_bytes:
         decoded: tuple[Arrays, ...] = _place(files, size, executor)
     elif needed <= data_config.host_bytes:
@@ -83,15 +85,20 @@ def _decode(sources: Sequence[Source], size: int) -> tuple[Arrays, ...]:
     return tuple(map(decode, sources))
 
 
-def train_batches(source: Source, config: ConfigDict, *, seed: int, start: int, stop: int) -> Iterator[Batch]:
+def train_batches(
+    source: Source, config: ConfigDict, *, seed: int, start: int, stop: int, rows: Rows = ALL
+) -> Iterator[Batch]:
     """Iterate over the training batches of the 0-based steps `start` (inclusive) to `stop` (exclusive).
 
     A step's images depend on the seed and the step alone. Each epoch is a new permutation of the training set; a batch
     may span the end of one epoch and the beginning of the next.
+
+    Args:
+      rows: which rows of each batch to read (`Executor.local_rows`).
     """
 
     def positions(step: int) -> np.ndarray:
-        return _train_positions(len(source), config.train.batch_size, seed, step)
+        return _train_positions(len(source), config.train.batch_size, seed, step)[rows]
 
     steps = grain.MapDataset.range(start, stop)
     data = config.data
@@ -99,14 +106,14 @@ def train_batches(source: Source, config: ConfigDict, *, seed: int, start: int, 
 
 
 def resident_train_batches(
-    source: Source, config: ConfigDict, *, seed: int, spans: Iterable[range]
+    source: Source, config: ConfigDict, *, seed: int, spans: Iterable[range], rows: Rows = ALL
 ) -> Iterator[dict[str, np.ndarray]]:
     """Iterate over the training batches of spans of 0-based steps, of images that are on the devices.
 
     Each is {"position", of the images, and "label"}: int32 (batch, steps). The images are those of `train_batches`.
     """
     for span in spans:
-        steps = [_train_positions(len(source), config.train.batch_size, seed, step) for step in span]
+        steps = [_train_positions(len(source), config.train.batch_size, seed, step)[rows] for step in span]
         arrays, positions = locate(source, np.stack(steps, axis=1))
         assert isinstance(arrays, Arrays)
         yield {"position": positions.astype(np.int32), "label": arrays.labels[positions].astype(np.int32)}
@@ -124,27 +131,32 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def all_batches(source: Source, config: ConfigDict, size: int) -> Iterator[Batch]:
+def all_batches(source: Source, config: ConfigDict, size: int, rows: Rows = ALL) -> Iterator[Batch]:
     """Iterate over every image once, in order, in batches of `size` with "mask": bool, False for padding.
 
     The "image" of a resident source is a `Selection`.
+
+    Args:
+      rows: which rows of each batch to read (`Executor.local_rows`).
     """
-    arrays, chunks = origin(source), _chunks(len(source), size)
+    arrays, data = origin(source), config.data
+    masks = [np.arange(first, first + size) < len(source) for first in range(0, len(source), size)]
+    chunks = [(np.arange(size) + number * size)[rows] for number in range(len(masks))]
+    chunks = [chunk[chunk < len(source)] for chunk in chunks]
+    count = len(np.arange(size)[rows])
+
+    def pad(array: np.ndarray) -> np.ndarray:
+        return np.concatenate([array, np.zeros((count - len(array), *array.shape[1:]), array.dtype)])
+
     if isinstance(arrays, Resident):
-        for chunk in chunks:
-            positions = np.pad(locate(source, chunk)[1], (0, size - len(chunk)))
+        for chunk, mask in zip(chunks, masks, strict=True):
+            positions = pad(locate(source, chunk)[1])
             labels = arrays.labels[positions].astype(np.int32)
-            mask = np.arange(size) < len(chunk)
-            yield {"image": Selection(arrays.on_devices, positions), "label": labels, "mask": mask}
+            yield {"image": Selection(arrays.on_devices, positions), "label": labels, "mask": mask[rows]}
         return
-    data = config.data
-    for batch in _read_ahead(source, grain.MapDataset.source(chunks), data.image_size, data.threads, data.prefetch):
-        count = len(batch["label"])
-        batch["mask"] = np.ones(count, bool)
-        yield {
-            name: np.concatenate([array, np.zeros((size - count, *array.shape[1:]), array.dtype)])
-            for name, array in batch.items()
-        }
+    batches = _read_ahead(source, grain.MapDataset.source(chunks), data.image_size, data.threads, data.prefetch)
+    for batch, mask in zip(batches, masks, strict=True):
+        yield {name: pad(array) for name, array in batch.items()} | {"mask": mask[rows]}
 
 
 def read(source: Source, positions: np.ndarray, size: int) -> Batch:

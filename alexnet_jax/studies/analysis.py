@@ -6,7 +6,7 @@ neither JAX nor the model, so it works wherever the files are.
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from scipy import stats
 from alexnet_jax.run_dir import DamagedFileError, RunDir, StudyDir
 
 METRICS = ("train/loss", "train/top1_error", "train_eval/top1_error", "eval/loss", "eval/top1_error", "eval/top5_error")
-# Step and epoch at which the error of the training batches first was 25 % or less (paper, section 3.1).
-CENSORED = ("steps_to_25", "epochs_to_25")
+# Step and epoch at which the error of the training batches first was 25 % or less (paper, section 3.1), and the epoch
+# at which that of the training images as they are evaluated was; runs that never reach it have none.
+CENSORED = ("steps_to_25", "epochs_to_25", "train_eval_epochs_to_25")
 DERIVED = ("generalisation_gap", *CENSORED)  # the gap is eval/top1_error minus train_eval/top1_error
 COLOUR = ("colour/share", "colour/difference", "colour/excess")
 COLUMNS = (
@@ -31,6 +32,7 @@ COLUMNS = (
 TARGET_ERROR = 0.25
 TEXT_COLUMNS = ("arm", "status", "metric", "claim", "verdict")  # headings of names; other columns have numbers
 NO_EFFECT = "no effect (within the margin)"
+AT_LEAST, AT_MOST, UNKNOWN = "≥", "≤", "?"  # bounds of an effect, if runs are censored
 AT_EDGE = "at the edge of the grid: the optimum may lie outside"
 
 
@@ -53,17 +55,31 @@ def load_runs(study: Path | str) -> pd.DataFrame:
     for arm, seed, run in folder.runs():
         row = {"arm": arm, "seed": seed, "status": run.status}
         if row["status"] == "finished" and (result := run.result):
-            reached = first_at_target(run.metrics()) or {}
-            row |= result | {"steps_to_25": reached.get("step"), "epochs_to_25": reached.get("epoch")}
+            row |= result | time_to_target(run.metrics())
         rows.append(row)
     runs = pd.DataFrame(rows, columns=list(COLUMNS))
     runs["generalisation_gap"] = runs["eval/top1_error"] - runs["train_eval/top1_error"]
     return runs
 
 
-def first_at_target(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the first record whose training error is at most `TARGET_ERROR`, or None if there is none."""
-    return next((record for record in records if record.get("train/top1_error", np.inf) <= TARGET_ERROR), None)
+def time_to_target(records: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Return the metrics of `CENSORED` from a run's records; without those whose error is never reached.
+
+    Evaluations of the training images are epochs apart: the error is interpolated linearly between them.
+    """
+    times: dict[str, float] = {}
+    before: tuple[float, float] | None = None  # epoch and error of the evaluation before
+    for record in records:
+        if "epochs_to_25" not in times and record.get("train/top1_error", np.inf) <= TARGET_ERROR:
+            times |= {"steps_to_25": record["step"], "epochs_to_25": record["epoch"]}
+        if "train_eval_epochs_to_25" not in times and "train_eval/top1_error" in record:
+            epoch, error = record["epoch"], record["train_eval/top1_error"]
+            if error <= TARGET_ERROR:
+                if before is not None:
+                    epoch = float(np.interp(-TARGET_ERROR, [-before[1], -error], [before[0], epoch]))
+                times["train_eval_epochs_to_25"] = epoch
+            before = epoch, error
+    return times
 
 
 def load_curves(study: Path | str) -> pd.DataFrame:
@@ -121,6 +137,23 @@ def compare(runs: pd.DataFrame, metric: str = "eval/top1_error", *, ratio: bool 
     return pd.DataFrame(rows, index=pd.Index(arms, name="arm"), columns=columns)
 
 
+def fill_censored(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return runs in which those that never reached the error of a `CENSORED` metric have the time of their end."""
+    if metric not in CENSORED:
+        return runs
+    end = runs["steps" if metric == "steps_to_25" else "epochs"].where(runs["status"] == "finished")
+    return runs.assign(**{metric: runs[metric].fillna(end)})
+
+
+def effect_bound(runs: pd.DataFrame, arm: str, metric: str) -> str:
+    """Return what an effect of runs from `fill_censored` is: "" (measured), or `AT_LEAST`, `AT_MOST` or `UNKNOWN`."""
+    if metric not in CENSORED:
+        return ""
+    censored = runs[metric].isna() & (runs["status"] == "finished")
+    of_reference, of_arm = (bool(censored[runs["arm"] == name].any()) for name in (runs["arm"].iloc[0], arm))
+    return {(False, False): "", (False, True): AT_LEAST, (True, False): AT_MOST}.get((of_reference, of_arm), UNKNOWN)
+
+
 def claim_margin(claim: Mapping[str, Any]) -> float:
     """Return the half-width of "no effect" of a claim: a factor for ratios, else in the unit of the metric.
 
@@ -136,37 +169,42 @@ def claim_margin(claim: Mapping[str, Any]) -> float:
     return 0.005 if is_fraction(claim["metric"]) else 0.0
 
 
-def verdict(effects: np.ndarray, margin: float, *, higher: bool) -> str:
+def verdict(effects: np.ndarray, margin: float, *, higher: bool, bound: str = "") -> str:
     """Return the verdict on a claim that the effect is positive, or negative unless `higher`, whatever its size.
 
     `NO_EFFECT` if two one-sided t-tests at 5 % show that the effect is within the margin: if its 90 % CI is.
     Otherwise "reproduced" or "contradicted" if the 95 % CI is on one side of zero, and "inconclusive" if it contains
-    zero. "too few seeds" for fewer than two pairs.
+    zero. "too few seeds" for fewer than two pairs. If the effects are bounds (`effect_bound`), what they do not exclude
+    is "inconclusive".
     """
     if len(effects) < 2:
         return "too few seeds"
     _, low, high = mean_and_interval(effects, 0.90)
-    if -margin < low and high < margin:
+    if -margin < low and high < margin and not bound:
         return NO_EFFECT
     _, low, high = mean_and_interval(effects, 0.95)
-    if low <= 0 <= high:
+    if low <= 0 <= high or bound == UNKNOWN or bound == (AT_MOST if low > 0 else AT_LEAST):
         return "inconclusive"
     return "reproduced" if (low > 0) == higher else "contradicted"
 
 
 def claim_effects(study: Path | str) -> pd.DataFrame:
-    """Return a row for each claim, as numbers: `paper` is the paper's effect or NaN, low and high are the 95 % CI."""
+    """Return a row for each claim, as numbers: `paper` is the paper's effect or NaN, low and high are the 95 % CI.
+
+    `bound` says whether the effect is a bound, because runs are censored (`effect_bound`).
+    """
     runs, rows = load_runs(study), []
     for claim in load_study(study)["claims"]:
         arm, metric, ratio = claim["arm"], claim["metric"], claim["ratio"] is not None
         paper, margin = claim["ratio"] if ratio else claim["difference"], claim_margin(claim)
-        effects = paired_effects(runs, arm, metric, ratio=ratio)
-        higher = paper is None or paper > (1 if ratio else 0)
-        decision = verdict(effects, np.log(margin) if ratio else margin, higher=higher)
-        measured = (*(np.exp if ratio else np.asarray)(mean_and_interval(effects)), len(effects), margin, decision)
+        effects = paired_effects(fill_censored(runs, metric), arm, metric, ratio=ratio)
+        higher, bound = paper is None or paper > (1 if ratio else 0), effect_bound(runs, arm, metric)
+        decision = verdict(effects, np.log(margin) if ratio else margin, higher=higher, bound=bound)
+        interval = (np.exp if ratio else np.asarray)(mean_and_interval(effects))
+        measured = (*interval, bound, len(effects), margin, decision)
         rows.append((arm, metric, claim["source"], ratio, np.nan if paper is None else paper, *measured))
-    columns = ["arm", "metric", "source", "ratio", "paper", "effect", "low", "high", "pairs", "margin", "verdict"]
-    return pd.DataFrame(rows, columns=columns)
+    columns = ["arm", "metric", "source", "ratio", "paper", "effect", "low", "high", "bound"]
+    return pd.DataFrame(rows, columns=[*columns, "pairs", "margin", "verdict"])
 
 
 def verdicts(study: Path | str) -> pd.DataFrame:
@@ -180,8 +218,8 @@ def verdicts(study: Path | str) -> pd.DataFrame:
                 "arm": row["arm"],
                 "metric": row["metric"],
                 "claim": f"{'higher' if np.isnan(row['paper']) else show(row['paper'])} ({row['source']})",
-                "found": show(row["effect"]),
-                "95 % CI": show(row["low"], row["high"]),
+                "found": f"{row['bound']} {show(row['effect'])}".strip(),
+                "95 % CI": _bounded(row["bound"], show, row["low"], row["high"]),
                 "pairs": str(row["pairs"]),
                 "margin": margin if row["margin"] else "",
                 "verdict": row["verdict"],
@@ -268,6 +306,18 @@ def _show(metric: str, *values: float, sign: str = "") -> str:
     """Return one value of a metric, or the bounds of an interval, as text; "" for NaN."""
     scale, digits = (100, ".2f") if is_fraction(metric) else (1, ".3g" if sign else ".4g")
     return "" if np.isnan(values).any() else " to ".join(f"{scale * value:{sign}{digits}}" for value in values)
+
+
+def _bounded(bound: str, show: Callable[..., str], low: float, high: float) -> str:
+    """Return a confidence interval as text: of a bound, only the end that holds."""
+    match bound:
+        case "":
+            return show(low, high)
+        case "≥":
+            return f"≥ {show(low)}"
+        case "≤":
+            return f"≤ {show(high)}"
+    return ""
 
 
 def _times(*values: float) -> str:

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alexnet_jax.studies.analysis import TARGET_ERROR, compare, is_fraction
+from alexnet_jax.studies.analysis import AT_LEAST, AT_MOST, TARGET_ERROR, compare, is_fraction
 
 
 def plot_arms(runs: pd.DataFrame, metric: str = "eval/top1_error") -> Figure:
@@ -26,8 +26,9 @@ def plot_arms(runs: pd.DataFrame, metric: str = "eval/top1_error") -> Figure:
 def plot_effects(effects: pd.DataFrame) -> Figure:
     """Plot the claims as a forest plot: differences of errors, ratios, and other differences on axes of their own.
 
-    A dot and a line are the effect measured and its 95 % CI, the diamond is the paper's effect, the grey band the
-    margin of "no effect". The frames of several studies may be concatenated.
+    A dot and a line are the effect measured and its 95 % CI, a triangle points from a bound to where the effect is, the
+    diamond is the paper's effect, the grey band the margin of "no effect". The frames of several studies may be
+    concatenated.
     """
     units = effects.apply(_unit, axis="columns")
     counts = units.value_counts(sort=False)
@@ -44,7 +45,7 @@ def plot_effects(effects: pd.DataFrame) -> Figure:
             band = (1 / row.margin, row.margin) if unit == RATIO else (-row.margin * scale, row.margin * scale)
             axes.fill_betweenx([place - 0.35, place + 0.35], *band, color="gray", alpha=0.25, linewidth=0)
             axes.plot([row.low * scale, row.high * scale], [place] * 2, color="C0")
-            axes.plot(row.effect * scale, place, "o", color="C0")
+            axes.plot(row.effect * scale, place, {"": "o", AT_LEAST: ">", AT_MOST: "<"}.get(row.bound, "x"), color="C0")
             axes.plot(row.paper * scale, place, "D", color="C1", fillstyle="none")
         _name_rows(axes, [f"{row.arm}: {row.metric}" for row in of_unit.itertuples()], unit)
     return figure

@@ -3,12 +3,14 @@
 python -m alexnet_jax.main --config=configs/ablation_lrn.py[:SCALE] [--config.KEY=VALUE ...]
 
 Every arm runs with every seed, each in a folder of its own; several machines may share the study's folder. Re-run the
-command to resume: finished runs are skipped, interrupted runs continue.
+command to resume: finished runs are skipped, interrupted runs continue. The processes of a job train one run after the
+other together.
 """
 
 import argparse
 import contextlib
 import functools
+import itertools
 import math
 import os
 import re
@@ -24,18 +26,18 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 from rich.table import Table
 
-from alexnet_jax import parallel, stop, terminal, train, weights
-from alexnet_jax.config import as_json, flatten, run_config
+from alexnet_jax import parallel, processes, stop, terminal, train, weights
+from alexnet_jax.config import as_json, flatten, from_json, run_config
 from alexnet_jax.data import datasets
 from alexnet_jax.metrics import write_layout
 from alexnet_jax.run_dir import DamagedFileError, RunDir, StudyDir, write_json
-from alexnet_jax.studies import report
-from alexnet_jax.studies.analysis import first_at_target
+from alexnet_jax.studies import report, submit
+from alexnet_jax.studies.analysis import CENSORED, time_to_target
 from alexnet_jax.tools import summary
 
 POLL_SECONDS = 5.0  # between looks at runs of other processes
 CRASHES = 3  # after which a run is left to the end of the study
-TUNING_METRICS = ("validation/top1_error", "epochs_to_25")
+TUNING_METRICS = ("validation/top1_error", "epochs_to_25", "train_eval_epochs_to_25")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def plan(study: ConfigDict, workdir: Path, only: Sequence[str] = (), chosen: dic
 def trials(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> list[Run]:
     """Return the tuning runs, in which each arm tries every value of the tuned field; none if no field is tuned.
 
-    They hold out validation images and use seeds of their own, so that nothing is chosen on what the study reports.
+    They use seeds of their own, and hold out validation images if they are tuned by a validation error, so that nothing
+    is chosen on what the study reports.
     """
     tuning = study.tuning
     if not tuning.key:
@@ -91,15 +94,21 @@ def trials(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> list[R
         )
     if tuning.metric not in TUNING_METRICS:
         raise ValueError(f"tuning.metric={tuning.metric!r}: must be one of {', '.join(TUNING_METRICS)}")
-    split, epochs = study.data.validation_split or "1/20", tuning.epochs or study.train.epochs
-    common = {"data.validation_split": split, "train.epochs": epochs}
-    folder = StudyDir(workdir)
+    split = study.data.validation_split or ("" if tuning.metric in CENSORED else "1/20")
+    common = {"data.validation_split": split, "train.epochs": tuning.epochs or study.train.epochs}
+    folder, selected = StudyDir(workdir), _selected(study, only)
     return [
         _planned(study, arm, seed, folder.trial(arm, tuning.key, value, seed), common | {tuning.key: value}, value)
         for seed in tuning.seeds
-        for value in tuning.choices
-        for arm in _selected(study, only)
+        for values in itertools.zip_longest(*(_grid(study, arm) for arm in selected))
+        for arm, value in zip(selected, values, strict=True)
+        if value is not None
     ]
+
+
+def _grid(study: ConfigDict, arm: str) -> tuple[Any, ...]:
+    """Return the values of the tuned field that an arm tries."""
+    return study.tuning.choices_by_arm.get(arm, study.tuning.choices)
 
 
 def choices(study: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -115,7 +124,7 @@ def choices(study: ConfigDict, workdir: Path) -> dict[str, Any]:
             continue
         scores = {
             value: float(np.mean([_score(run.folder, study.tuning.metric) for run in runs if run.value == value]))
-            for value in study.tuning.choices
+            for value in _grid(study, arm)
         }
         best = min(scores, key=lambda value: scores[value])
         if math.isinf(scores[best]):
@@ -132,9 +141,8 @@ def _score(folder: RunDir, metric: str) -> float:
     """Return a tuning run's metric; infinity if it failed or never reached the goal."""
     if folder.result is None:
         return math.inf
-    if metric == "epochs_to_25":
-        record = first_at_target(folder.metrics())
-        return record["epoch"] if record else math.inf
+    if metric in CENSORED:
+        return time_to_target(folder.metrics()).get(metric, math.inf)
     return folder.result[metric]
 
 
@@ -151,20 +159,12 @@ def run_study(study: ConfigDict, workdir: Path | str, only: Sequence[str] = (), 
       ValueError: some run cannot run as configured; none was started.
       stop.Stopped: a signal asked to stop; the command resumes when it is run again.
     """
-    with stop.requests() as request:
+    with stop.requests(processes.agreement()) as request:
         return _run_study(study, Path(workdir), only, request, extend)
 
 
 def _run_study(study: ConfigDict, workdir: Path, only: Sequence[str], request: stop.Request, extend: bool) -> list[Run]:
-    _check_writable(workdir)
-    runs, tuning_runs = plan(study, workdir, only), trials(study, workdir, only)
-    for run in tuning_runs:
-        train.open_run(run.config)
-    sizes = {}
-    for run in plan(study, workdir)[: len(study.arms)]:
-        dataset = train.open_run(run.config).dataset
-        sizes[run.arm] = summary.sizes(run.config, dataset.classes, dataset.channels)
-    _check_folders(tuning_runs or runs, extend)
+    runs, tuning_runs, sizes = _check(study, workdir, only, extend)
     _describe(study, workdir, sizes)
     write_layout(workdir)
     failed = _run_all(tuning_runs, request, extend, wait=True)
@@ -176,6 +176,45 @@ def _run_study(study: ConfigDict, workdir: Path, only: Sequence[str], request: s
     failed += _run_all(runs, request, extend)
     report.write(workdir)
     return failed
+
+
+def _check(
+    study: ConfigDict, workdir: Path, only: Sequence[str], extend: bool
+) -> tuple[list[Run], list[Run], dict[str, Any]]:
+    """Check that all runs can run, before anything is written; return them, the tuning runs and the sizes of the arms.
+
+    Raises:
+      ValueError: some run cannot run as configured.
+    """
+    _check_writable(workdir)
+    runs, tuning_runs = plan(study, workdir, only), trials(study, workdir, only)
+    for run in tuning_runs:
+        train.open_run(run.config)
+    sizes = {}
+    for run in plan(study, workdir)[: len(study.arms)]:
+        dataset = train.open_run(run.config).dataset
+        sizes[run.arm] = summary.sizes(run.config, dataset.classes, dataset.channels)
+    _check_folders(tuning_runs or runs, extend)
+    return runs, tuning_runs, sizes
+
+
+def submit_study(
+    study: ConfigDict, workdir: Path, only: Sequence[str] = (), *, extend: bool, arguments: argparse.Namespace
+) -> None:
+    """Submit a job for each run that is not finished; or for each arm of a study that tunes, with all its runs.
+
+    Raises:
+      ValueError: some run cannot run as configured, or the cluster refuses; no job was submitted.
+    """
+    runs, tuning_runs, _ = _check(study, workdir, only, extend)
+    shared, jobs = submit.job_arguments(arguments.argv), {}
+    for run in runs:
+        if extend or run.folder.status != "finished":
+            name, seeds = (run.arm, study.seeds) if tuning_runs else (run.name, [run.seed])
+            jobs[name] = [*shared, f"--only={run.arm}", f"--seeds={','.join(map(str, seeds))}"]
+    if jobs:
+        submit.submit(jobs, workdir / "jobs", arguments.submit, arguments.submit_options or "{}")
+    print(f"{len(jobs)} job(s) submitted; each one writes {StudyDir(workdir).report_file} at its end")
 
 
 def _check_writable(workdir: Path) -> None:
@@ -305,18 +344,36 @@ def _run_or_record_failure(run: Run, extend: bool) -> bool:
             run.folder.extend(as_json(run.config))
         if run.folder.result is None:
             write_json(run.folder.starts_file, {"starts": run.folder.crashes + 1})
+        processes.send({"config": as_json(run.config), "folder": str(run.folder.path), "labels": run.labels})
         train.train_and_evaluate(run.config, run.folder.path, run.labels)
     except Exception as error:  # whatever it is, the other runs continue
+        is_common = processes.is_common(error)
         failure = {"error": str(error), "traceback": traceback.format_exc()}
         print(f"{run.name} failed: {error}", flush=True)
         try:
             write_json(run.folder.failure_file, failure)
         except OSError as unwritten:
             print(f"{run.name}: {unwritten}", flush=True)
+        if not is_common:
+            processes.leave()
         return False
     finally:
         run.folder.starts_file.unlink(missing_ok=True)
     return True
+
+
+def follow() -> int:
+    """Train, in another process than process 0, the runs that it orders; return the exit status that it orders."""
+    with stop.requests(processes.agreement()), open(os.devnull, "w") as nowhere:
+        while "exit" not in (order := processes.receive()):
+            try:
+                with contextlib.redirect_stdout(nowhere):  # process 0 prints the same
+                    train.train_and_evaluate(from_json(order["config"]), order["folder"], order["labels"])
+            except Exception as error:
+                if not processes.is_common(error):
+                    traceback.print_exc()
+                    processes.leave()
+    return order["exit"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -333,6 +390,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", help="print the runs and their sizes, train nothing")
     parser.add_argument("--only", default="", help="arms to run, separated by commas; default: all")
     parser.add_argument("--seeds", help="seeds to run, as 0:5 or 0,2,4; default: the study's")
+    parser.add_argument(
+        "--submit", choices=submit.CLUSTERS, help="submit jobs to Slurm, or start them all here, and exit"
+    )
+    parser.add_argument(
+        "--submit_options",
+        metavar="JSON",
+        help='submitit\'s, such as \'{"slurm_partition": "gpu", "gpus_per_node": 1}\'',
+    )
+    processes.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -348,9 +414,20 @@ def main(arguments: argparse.Namespace) -> None:
             raise ValueError("--new_head: must come with --init_from; without it, all layers start anew")
         study.train.new_head = True
     only = [arm for arm in arguments.only.split(",") if arm]
+    if arguments.submit_options is not None and not arguments.submit:
+        raise ValueError("--submit_options: must come with --submit; without it, the runs are trained here")
+    if arguments.submit and arguments.coordinator:
+        raise ValueError(f"--submit={arguments.submit}: must come without --coordinator; give --cluster for the jobs")
+    if not arguments.submit:  # a job joins its own processes
+        processes.initialize(arguments)
     parallel.initialize(study.model.towers)
-    if arguments.dry_run:
-        print_plan(study, workdir, only)
-    elif failed := run_study(study, workdir, only, extend=arguments.extend):
-        names = "; ".join(run.name for run in failed)
-        sys.exit(f"alexnet-jax run: {len(failed)} run(s) failed: {names}; re-run the command to try them again")
+    if not processes.is_first():
+        sys.exit(follow())
+    with processes.leading():
+        if arguments.dry_run:
+            print_plan(study, workdir, only)
+        elif arguments.submit:
+            submit_study(study, workdir, only, extend=arguments.extend, arguments=arguments)
+        elif failed := run_study(study, workdir, only, extend=arguments.extend):
+            names = "; ".join(run.name for run in failed)
+            sys.exit(f"alexnet-jax run: {len(failed)} run(s) failed: {names}; re-run the command to try them again")

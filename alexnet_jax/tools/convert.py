@@ -26,12 +26,12 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import config as config_lib
 from alexnet_jax import model, parallel, train
-from alexnet_jax.checkpoint import TrainedNetwork, load_run, save_run
+from alexnet_jax.checkpoint import TrainedNetwork, save_run
 from alexnet_jax.data import augment
 from alexnet_jax.metrics import Progress
 from alexnet_jax.parallel import TOWER
 from alexnet_jax.run_dir import RunDir, atomic_write
-from alexnet_jax.weights import READ_ONLY, read_file, write_file
+from alexnet_jax.weights import READ_ONLY, load_network, write_file
 
 
 def export(network: TrainedNetwork) -> bytes:
@@ -73,13 +73,7 @@ def convert(source: Path, target: Path, config: ConfigDict | None = None) -> Tra
         raise ValueError(f"{target}: must not be {target.suffix}, which is read only; PyTorch reads .safetensors, too")
     if not target.absolute().parent.is_dir():
         raise ValueError(f"{target}: must be in an existing folder, and {target.parent} does not exist")
-    if source.is_dir():
-        network = load_run(source)
-        network = network if config is None else network._replace(config=config)
-    elif config is None:
-        raise ValueError(f"{source}: must come with its architecture; give --config=configs/networks/...")
-    else:
-        network = read_file(source, config)
+    network = load_network(source, config)
     if target.suffix in (".npy", ".safetensors"):
         write_file(target, network)
     elif target.suffix == ".stablehlo":

@@ -18,7 +18,8 @@ from jax import lax
 from ml_collections import ConfigDict
 from rich.table import Column, Table
 
-from alexnet_jax import checkpoint, evaluate, figures, terminal
+from alexnet_jax import config as config_lib
+from alexnet_jax import evaluate, figures, terminal, weights
 from alexnet_jax.data import augment, datasets, image_io, loader
 from alexnet_jax.data.datasets import Source
 from alexnet_jax.data.statistics import Statistics
@@ -32,16 +33,18 @@ NEIGHBOURS = 6
 
 
 def predict(
-    run_dir: Path,
+    run: Path,
     files: Sequence[Path],
     *,
+    config: ConfigDict | None = None,
     views: int | None = None,
     neighbours: int | None = 0,
     data_dir: str | None = None,
 ) -> list[Prediction]:
-    """Predict the classes of image files with the network of a run.
+    """Predict the classes of image files with the network of a run, or of a file of weights.
 
     Args:
+      run: folder of a run, or a file of weights, which needs its config.
       files: images of any size; resized and cropped as in preparation (paper, section 2).
       views: 1 or 10 per image; None: as the run's config.
       neighbours: number of nearest held-out images to find, by Euclidean distance of `features` (section 6.1). None: 6,
@@ -51,18 +54,16 @@ def predict(
     Raises:
       ValueError: the folder has no trained network, a file is no image, or there are fewer held-out images.
     """
-    network = checkpoint.load_run(run_dir)
+    network = weights.load_network(run, config)
     config = network.config.copy_and_resolve_references()
     config.eval.views = views or config.eval.views
     config.data.data_dir = config.data.data_dir if data_dir is None else data_dir
-    names = (RunDir(run_dir).read_dataset() or {}).get("class_names") or [
-        str(label) for label in range(network.classes)
-    ]
+    names = network.class_names or [str(label) for label in range(network.classes)]
     images = np.stack([_read(file, config.data.image_size, network.channels) for file in files])
     executor = make_executor(config.train.executor, config.model.towers, config.eval.batch_size)
     variables, statistics = executor.place(network.variables), executor.replicate(network.known_statistics())
     nearest: list[list[tuple[np.ndarray, str]]] = [[] for _ in files]
-    held_out = None if neighbours == 0 else _held_out(run_dir, config, optional=neighbours is None)
+    held_out = None if neighbours == 0 else _held_out(run, config, optional=neighbours is None)
     if held_out is not None:
         neighbours = min(NEIGHBOURS, len(held_out)) if neighbours is None else neighbours
         if neighbours > len(held_out):
@@ -107,11 +108,11 @@ def features(config: ConfigDict, classes: int, executor: Executor) -> Predictor:
     return evaluate.map_over_batch(last_inputs, executor)
 
 
-def _held_out(run_dir: Path, config: ConfigDict, *, optional: bool) -> Source | None:
-    """Return the held-out images of a run; if they are optional and not there, print a line and return None."""
+def _held_out(run: Path, config: ConfigDict, *, optional: bool) -> Source | None:
+    """Return the held-out images of a run or file; if they are optional and not there, print a line and return None."""
     try:
         dataset = datasets.load(config.data)
-        RunDir(run_dir).check_dataset(dataset.metadata(config.data))
+        RunDir(run).check_dataset(dataset.metadata(config.data))
     except ValueError as error:
         if not optional:
             raise
@@ -142,7 +143,10 @@ def _read(file: Path, size: int, channels: int) -> np.ndarray:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb predict."""
-    parser.add_argument("--run", type=Path, required=True, help="folder of a run, such as runs/ablation_lrn/lrn/seed_0")
+    parser.add_argument(
+        "--run", type=Path, required=True, help="folder of a run, such as runs/ablation_lrn/lrn/seed_0, or weights"
+    )
+    parser.add_argument("--config", metavar="FILE[:SCALE]", help="architecture of a file of weights")
     parser.add_argument("--views", type=int, choices=(1, 10), help="views per image; default: as the run's config")
     parser.add_argument(
         "--neighbours",
@@ -158,11 +162,13 @@ def main(arguments: argparse.Namespace) -> None:
     """Print the most probable classes of each image, and draw them."""
     if arguments.neighbours is not None and arguments.neighbours < 0:
         raise ValueError(f"--neighbours={arguments.neighbours}: must be 0 or more")
-    config = RunDir(arguments.run).read_config()
-    initialize(config.model.towers if config else 1)
+    config = None if arguments.config is None else config_lib.reference_run(arguments.config)
+    trained = config or RunDir(arguments.run).read_config()
+    initialize(trained.model.towers if trained else 1)
     predictions = predict(
         arguments.run,
         arguments.images,
+        config=config,
         views=arguments.views,
         neighbours=arguments.neighbours,
         data_dir=arguments.data_dir,

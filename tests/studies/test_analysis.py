@@ -87,13 +87,59 @@ def test_epochs_to_25_are_of_the_first_record_that_reaches_it(study: Path) -> No
     assert runs["steps_to_25"][("lrn", 0)] == 3
 
 
+def test_epochs_to_25_of_evaluations_are_interpolated() -> None:
+    def evaluated(*errors: float) -> list[dict[str, Any]]:
+        records = [{"step": 9, "epoch": 0.5, "train/top1_error": 0.3}]
+        return records + [{"step": 10 * i, "epoch": i, "train_eval/top1_error": e} for i, e in enumerate(errors, 1)]
+
+    assert analysis.time_to_target(evaluated(0.6, 0.4, 0.2, 0.9)) == {
+        "train_eval_epochs_to_25": pytest.approx(2 + 0.15 / 0.2)
+    }
+    assert analysis.time_to_target(evaluated(0.6, 0.25)) == {"train_eval_epochs_to_25": 2}
+    assert analysis.time_to_target(evaluated(0.1)) == {"train_eval_epochs_to_25": 1}
+    assert analysis.time_to_target(evaluated(0.6, 0.26)) == {}
+
+
 def test_runs_that_never_reach_25_are_counted(study: Path) -> None:
     never_reach_25(study, "no_lrn", 0)
     runs = analysis.load_runs(study)
     assert np.isnan(runs.set_index(["arm", "seed"])["epochs_to_25"][("no_lrn", 0)])
     assert analysis.table(runs, "epochs_to_25")[["n", "n reached"]].to_numpy().tolist() == [["3", "3"], ["3", "2"]]
     assert "n reached" not in analysis.table(runs)
-    assert analysis.claim_effects(study)["pairs"].tolist() == [3, 2]
+
+
+def test_effect_of_censored_runs_is_a_bound(study: Path) -> None:
+    """A run that ended at epoch 1 above 25 % counts with 1, for the claim of a ratio of epochs to 25 %."""
+    measured = analysis.claim_effects(study).iloc[1]
+    assert measured["bound"] == ""
+    never_reach_25(study, "no_lrn", 0)
+    bounded = analysis.claim_effects(study).iloc[1]
+    epochs = analysis.load_runs(study).set_index("arm")["epochs_to_25"]
+    ratios = np.array([1.0, *epochs["no_lrn"][1:]]) / epochs["lrn"]
+    assert (bounded["bound"], bounded["pairs"]) == ("≥", 3)
+    assert bounded["effect"] == pytest.approx(stats.gmean(ratios))
+    shown = analysis.verdicts(study).iloc[1]
+    assert shown["found"].startswith("≥ ")
+    assert shown["95 % CI"].startswith("≥ ")
+    never_reach_25(study, "lrn", 1)
+    both = analysis.verdicts(study).iloc[1]
+    assert (both["found"][0], both["95 % CI"], both["verdict"]) == ("?", "", "inconclusive")
+
+
+@pytest.mark.parametrize(
+    ("effects", "bound", "expected"),
+    [
+        ([1.0, 1.1, 1.2], "≥", "reproduced"),
+        ([1.0, 1.1, 1.2], "≤", "inconclusive"),
+        ([-1.0, -1.1, -1.2], "≥", "inconclusive"),
+        ([-1.0, -1.1, -1.2], "≤", "contradicted"),
+        ([1.0, 1.1, 1.2], "?", "inconclusive"),
+        ([0.0, 0.01, -0.01], "≥", "inconclusive"),
+        ([0.0, 0.01, -0.01], "", analysis.NO_EFFECT),
+    ],
+)
+def test_bound_decides_only_what_it_excludes(effects: list[float], bound: str, expected: str) -> None:
+    assert analysis.verdict(np.array(effects), 0.5, higher=True, bound=bound) == expected
 
 
 def test_generalisation_gap_is_held_out_minus_training_error(study: Path, errors: Errors) -> None:

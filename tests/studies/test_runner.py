@@ -282,6 +282,24 @@ def test_arm_can_be_tuned_on_epochs_to_25(trained: list[tuple[str, Path]], tmp_p
 
 
 @pytest.mark.slow
+def test_trials_of_speed_train_on_all_images(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
+    """Nothing is held out for a metric of the training images; an arm may have values of its own."""
+    config = tuned_study(0.01, 0.015, **{"tuning.metric": "epochs_to_25"})
+    config.tuning.choices_by_arm = ConfigDict({"tanh": (0.015, 0.02)})
+    assert [(run.arm, run.value) for run in runner.trials(config, tmp_path)] == [
+        *(("relu", 0.01), ("tanh", 0.015), ("relu", 0.015), ("tanh", 0.02))
+    ]
+    assert runner.run_study(config, tmp_path) == []
+    assert {run.config.data.validation_split for run in runner.trials(config, tmp_path)} == {""}
+    chosen = runner.choices(config, tmp_path)
+    assert {arm: list(choice["scores"]) for arm, choice in chosen.items()} == {
+        "relu": ["0.01", "0.015"],
+        "tanh": ["0.015", "0.02"],
+    }
+    assert chosen["tanh"]["at_edge"]
+
+
+@pytest.mark.slow
 def test_arm_whose_trials_all_failed_is_not_run(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
     failed = runner.run_study(tuned_study(2.0, 5.0), tmp_path, only=["tanh"])
     assert [run.value for run in failed] == [2.0, 5.0]

@@ -153,7 +153,7 @@ def test_wrong_metadata_beside_a_npy_are_named(caffe: TrainedNetwork, tmp_path: 
     convert.write_file(tmp_path / "net.npy", caffe)
     (tmp_path / "net.npy.json").write_text(content)
     with pytest.raises(ValueError, match=r"net.npy.*must be"):
-        convert.read_file(tmp_path / "net.npy", caffe.config)
+        weights.read_file(tmp_path / "net.npy", caffe.config)
 
 
 class MakesFolder:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import evaluate, model, train
+from alexnet_jax import evaluate, model, train, weights
 from alexnet_jax.checkpoint import TrainedNetwork, load_run, save_run
 from alexnet_jax.data import datasets
 from alexnet_jax.parallel import Executor
@@ -151,6 +151,22 @@ def test_held_out_images_are_left_out_where_they_are_not_there(
         run_verb(*arguments, "--neighbours=2")
 
 
+@pytest.mark.slow
+def test_file_of_weights_predicts_as_its_run(run: Path, digits: list[Path], tmp_path: Path) -> None:
+    network = load_run(run)
+    weights.write_file(tmp_path / "network.safetensors", network)
+    from_file, from_run = (
+        predict.predict(source, digits, config=config, neighbours=2)
+        for source, config in ((tmp_path / "network.safetensors", network.config), (run, None))
+    )
+    for ours, expected in zip(from_file, from_run, strict=True):
+        assert ours.classes == expected.classes
+        np.testing.assert_allclose(ours.probabilities, expected.probabilities, rtol=1e-6)
+        assert [label for _, label in ours.neighbours] == [label for _, label in expected.neighbours]
+    with pytest.raises(ValueError, match=r"network.safetensors: must come with its architecture; give --config="):
+        run_verb(f"--run={tmp_path / 'network.safetensors'}", str(digits[0]))
+
+
 def test_class_names_are_no_markup(
     run: Path, digits: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +176,7 @@ def test_class_names_are_no_markup(
     write_json(RunDir(named).dataset_file, {"classes": 10, "class_names": names})
     run_verb(f"--run={named}", "--neighbours=0", f"--output={tmp_path / 'figure.png'}", str(digits[1]))
     (prediction,) = predict.predict(named, digits[1:2])
+    assert set(prediction.classes) <= set(names)
     printed = capsys.readouterr().out
     for name in prediction.classes:
         assert f" {name} " in printed

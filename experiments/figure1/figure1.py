@@ -1,0 +1,244 @@
+"""Collect the runs of configs/figure1.py, draw figure 1 and write its table.
+
+    python experiments/figure1/figure1.py --runs=RUNS    # keep what the runs in RUNS/figure1_* say, then draw
+    python experiments/figure1/figure1.py                # draw what was kept
+
+Beside the script are, for each choice of initial weights, study.json, results.csv, curves.csv and trials.csv, which has
+the training error of the trials; and runs.tar.xz: the folders of all runs without checkpoints and TensorBoard files,
+from which the studies continue in any folder RUNS:
+
+    tar -xf experiments/figure1/runs.tar.xz -C RUNS
+"""
+
+import argparse
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from alexnet_jax.run_dir import RunDir, StudyDir
+from alexnet_jax.studies import analysis
+
+HERE = Path(__file__).resolve().parent
+INITIAL_WEIGHTS = {"code2012": "weights of 2012", "fan_in": "weights by fan-in"}
+LINES = {"relu": "-", "tanh": "--", "scaled_tanh": "-."}
+ERROR, METRIC = "train_eval/top1_error", "train_eval_epochs_to_25"
+LEFT_OUT = ("checkpoints", "events.out.tfevents", "report.html", ".")  # beginnings of names
+TUNING_SEEDS = 3  # that an interval needs which includes the choice of the learning rate
+SAMPLES = 10_000
+MARKERS = ("<!-- results -->\n", "<!-- /results -->")
+
+
+class Time(NamedTuple):
+    """Epochs of one run until 25 % training error, or until its end if it is censored."""
+
+    epochs: float
+    censored: bool
+
+
+Trials = dict[float, dict[int, Time]]  # of one arm, by learning rate and seed
+
+
+def collect(runs: Path) -> None:
+    """Keep the files of the studies in a folder, and pack their runs."""
+    folders = {name: runs / f"figure1_{name}" for name in INITIAL_WEIGHTS if (runs / f"figure1_{name}").exists()}
+    for name, folder in folders.items():
+        kept = HERE / name
+        kept.mkdir(exist_ok=True)
+        study = StudyDir(folder)
+        shutil.copy(study.study_file, kept)
+        analysis.load_runs(folder).to_csv(kept / study.results_file.name, index=False)
+        analysis.load_curves(folder).to_csv(kept / study.curves_file.name, index=False)
+        pd.DataFrame(trial_records(folder)).to_csv(kept / "trials.csv", index=False)
+    with tarfile.open(HERE / "runs.tar.xz", "w:xz") as tar:
+        for folder in folders.values():
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                if not any(part.startswith(LEFT_OUT) for part in file.relative_to(runs).parts):
+                    tar.add(file, file.relative_to(runs))
+
+
+def trial_records(study: Path) -> Iterator[dict[str, Any]]:
+    """Yield the evaluations of each trial that has started."""
+    for folder in sorted(study.glob("*/learning_rate_*/seed_*")):
+        arm, rate, seed = folder.relative_to(study).parts
+        run = RunDir(folder)
+        named = {"arm": arm, "learning_rate": float(rate.rpartition("_")[2]), "seed": int(seed.rpartition("_")[2])}
+        for record in run.metrics():
+            if ERROR in record:
+                yield named | {"status": run.status} | {key: record[key] for key in ("step", "epoch", ERROR)}
+
+
+def time_of(curve: pd.DataFrame) -> Time:
+    """Return the time of a run from its evaluations."""
+    reached = analysis.time_to_target(curve.to_dict("records")).get(METRIC)
+    return Time(curve["epoch"].max(), censored=True) if reached is None else Time(reached, censored=False)
+
+
+def trial_times(study: Path) -> dict[str, Trials]:
+    """Return the time of each trial by arm."""
+    found: dict[str, Trials] = {}
+    for (arm, rate, seed), curve in pd.read_csv(study / "trials.csv").groupby(["arm", "learning_rate", "seed"]):
+        found.setdefault(arm, {}).setdefault(rate, {})[seed] = time_of(curve)
+    return found
+
+
+def best_rate(trials: Trials) -> float:
+    """Return the learning rate with the lowest mean time; a rate that is censored in some trial comes last."""
+    return min(trials, key=lambda rate: (any_censored(trials[rate]), mean_epochs(trials[rate])))
+
+
+def any_censored(seeds: dict[int, Time]) -> bool:
+    """Return whether the time of some run is a bound."""
+    return any(time.censored for time in seeds.values())
+
+
+def mean_epochs(seeds: dict[int, Time]) -> float:
+    """Return the mean time."""
+    return float(np.mean([time.epochs for time in seeds.values()]))
+
+
+def ratio_interval(
+    trials: dict[str, Trials], finals: dict[str, dict[int, Time]], arm: str, reference: str
+) -> tuple[float, float] | None:
+    """Return the 95 % bootstrap interval of the ratio of geometric means, with the choice of the learning rates.
+
+    Each sample draws tuning seeds and final seeds with replacement and chooses the learning rates anew. Final seeds ran
+    with the study's choice only: where a sample chooses another one, the times are those of the trials.
+
+    Returns:
+      None for fewer than `TUNING_SEEDS`.
+    """
+    generator, logs = np.random.default_rng(0), []
+    if any(len(seeds) < TUNING_SEEDS for name in (arm, reference) for seeds in trials[name].values()):
+        return None
+    for _ in range(SAMPLES):
+        means = []
+        for name in (arm, reference):
+            drawn = generator.choice(list(next(iter(trials[name].values()))), TUNING_SEEDS)
+            sampled = {rate: {i: seeds[seed] for i, seed in enumerate(drawn)} for rate, seeds in trials[name].items()}
+            rate = best_rate(sampled)
+            chosen = finals[name] if rate == best_rate(trials[name]) else sampled[rate]
+            epochs = [time.epochs for time in chosen.values()]
+            means.append(np.log(generator.choice(epochs, len(epochs))).mean())
+        logs.append(means[0] - means[1])
+    low, high = np.exp(np.quantile(logs, (0.025, 0.975)))
+    return float(low), float(high)
+
+
+def kept() -> dict[str, Path]:
+    """Return the folders of the studies whose files were kept, by initial weights."""
+    return {name: HERE / name for name in INITIAL_WEIGHTS if (HERE / name / "trials.csv").exists()}
+
+
+def final_curves(study: Path) -> pd.DataFrame:
+    """Return the evaluations of the final runs."""
+    curves = analysis.load_curves(study)
+    return curves.dropna(subset=[ERROR]) if ERROR in curves else curves.iloc[:0]
+
+
+def final_times(runs: pd.DataFrame, arm: str) -> dict[int, Time]:
+    """Return the time of each finished final run of an arm, by seed."""
+    of_arm = runs[(runs["arm"] == arm) & (runs["status"] == "finished")]
+    filled = analysis.fill_censored(of_arm, METRIC)
+    return {
+        seed: Time(epochs, np.isnan(measured))
+        for seed, epochs, measured in zip(of_arm["seed"], filled[METRIC], of_arm[METRIC], strict=True)
+    }
+
+
+def show(seeds: dict[int, Time]) -> str:
+    """Return the mean time of runs as text, "≥" before a bound; "" if there are none."""
+    return f"{'≥ ' * any_censored(seeds)}{mean_epochs(seeds):.1f}" if seeds else ""
+
+
+def table() -> str:
+    """Return a row for each arm, in Markdown: its learning rate, its trials, its final runs and the ratio to ReLU."""
+    headings = ["initial weights", "activation", "learning rate", "epochs, trials", "n", "reached 25 %", "epochs, mean"]
+    rows = [[*headings, "ratio to ReLU", "95 % CI", "with the choice of the rate"], ["---"] * (len(headings) + 3)]
+    for name, study in kept().items():
+        runs, trials, claims = analysis.load_runs(study), trial_times(study), analysis.verdicts(study).set_index("arm")
+        finals = {arm: final_times(runs, arm) for arm in trials}
+        for arm, of_arm in trials.items():
+            rate, times = best_rate(of_arm), finals[arm]
+            row = [INITIAL_WEIGHTS[name], arm, f"{rate:g}", show(of_arm[rate]), str(len(times))]
+            row += [str(sum(not time.censored for time in times.values())), show(times), "", "", ""]
+            if arm in claims.index and claims["pairs"][arm] != "0":
+                row[-3:-1] = claims["found"][arm], claims["95 % CI"][arm]
+                if interval := ratio_interval(trials, finals, arm, "relu"):
+                    row[-1] = f"{interval[0]:.3g} to {interval[1]:.3g}"
+            rows.append(row)
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def draw_curves(axes: Axes, study: Path, title: str) -> None:
+    """Draw training error against epochs, as figure 1: each final run, or, of an arm without any, its best trials."""
+    finals = final_curves(study)
+    trials = pd.read_csv(study / "trials.csv")
+    for place, (arm, rates) in enumerate(trial_times(study).items()):
+        curves = finals[finals["arm"] == arm]
+        label = arm
+        if curves.empty:
+            curves = trials[(trials["arm"] == arm) & (trials["learning_rate"] == best_rate(rates))]
+            label = f"{arm} (trial)"
+        for _, curve in curves.groupby("seed"):
+            axes.plot(curve["epoch"], 100 * curve[ERROR], LINES[arm], color=f"C{place}", label=label)
+            label = None
+    axes.axhline(100 * analysis.TARGET_ERROR, color="gray", linestyle="--", linewidth=1)
+    axes.set(title=title, xlabel="epochs", ylabel="training error rate (%)", ylim=(0, 80), xlim=(0, None))
+    axes.legend(frameon=False)
+
+
+def draw_rates(axes: Axes, study: Path) -> None:
+    """Draw epochs to 25 % against the learning rate: a dot for each trial, a triangle for one that was censored."""
+    for place, (arm, rates) in enumerate(trial_times(study).items()):
+        points = sorted((rate, time) for rate, seeds in rates.items() for time in seeds.values())
+        for censored, marker in ((False, "o"), (True, "^")):
+            chosen = [(rate, time.epochs) for rate, time in points if time.censored == censored]
+            axes.plot(*zip(*chosen, strict=True) if chosen else ((), ()), marker, color=f"C{place}")
+        means = {rate: mean_epochs(seeds) for rate, seeds in sorted(rates.items())}
+        axes.plot(list(means), list(means.values()), LINES[arm], color=f"C{place}", linewidth=1)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="epochs to 25 % (triangle: more)", ylim=(0, None))
+    tried = sorted({rate for rates in trial_times(study).values() for rate in rates})
+    axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
+    axes.set_xticks([], minor=True)
+
+
+def draw(path: Path) -> None:
+    """Draw the figure: for each choice of initial weights, the curves and beside them the learning rates."""
+    studies = kept()
+    figure = Figure(figsize=(9, 3.5 * len(studies)), layout="constrained")
+    grid: Any = figure.subplots(len(studies), 2, squeeze=False)
+    for (name, study), (left, right) in zip(studies.items(), grid, strict=True):
+        draw_curves(left, study, INITIAL_WEIGHTS[name])
+        draw_rates(right, study)
+    mpl.rcParams["svg.hashsalt"] = path.name  # the same file each time
+    figure.savefig(path, metadata={"Date": None})
+
+
+def insert(text: str) -> str:
+    """Return the text of the README with the table."""
+    before, _, rest = text.partition(MARKERS[0])
+    return before + MARKERS[0] + table() + MARKERS[1] + rest.partition(MARKERS[1])[2]
+
+
+def main() -> None:
+    """Collect, if there is a folder of runs, draw the figure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, help="folder of the studies figure1_code2012 and figure1_fan_in")
+    options = parser.parse_args()
+    if options.runs:
+        collect(options.runs)
+    draw(HERE / "figure1.svg")
+    readme = HERE / "README.md"
+    readme.write_text(insert(readme.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Figure 1 is drawn from the kept files of its runs, its intervals include the choice of the rate, and it continues."""
+
+import importlib.util
+import json
+import tarfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from alexnet_jax.run_dir import RunDir, StudyDir, write_json
+from alexnet_jax.studies import analysis
+from support import REPOSITORY
+
+
+@pytest.fixture
+def figure1() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("figure1", REPOSITORY / "experiments" / "figure1" / "figure1.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_run(run: RunDir, *errors: float, finished: bool = True) -> None:
+    """Write a run whose training error after each epoch is given."""
+    records = [{"step": i, "epoch": float(i), "train_eval/top1_error": error} for i, error in enumerate(errors, 1)]
+    run.path.mkdir(parents=True)
+    run.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run.checkpoints / "1").mkdir(parents=True)
+    (run.checkpoints / "1" / "array").write_text("large")
+    if finished:
+        write_json(run.result_file, {"steps": len(errors), "epochs": float(len(errors)), "eval/top1_error": 0.5})
+
+
+@pytest.fixture
+def kept(figure1: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Collect a study in which tanh takes twice as long as ReLU, but for a seed that was censored after 5 epochs."""
+    study = StudyDir(tmp_path / "runs" / "figure1_code2012")
+    claims = [{"arm": "tanh", "metric": figure1.METRIC, "source": "figure 1", "difference": None, "ratio": 6.0}]
+    arms = {"relu": {}, "tanh": {"model.activation": "tanh"}}
+    tuning = {"key": "optim.learning_rate", "metric": figure1.METRIC, "arms": {}}
+    seeds = {"name": "figure1", "reported": "test", "arms": arms, "seeds": [0, 1], "claims": claims, "tuning": tuning}
+    write_json(study.study_file, seeds)
+    key = "optim.learning_rate"
+    write_run(study.trial("relu", key, 0.001, 1000), 0.5, 0.4, 0.25)
+    write_run(study.trial("relu", key, 0.003, 1000), 0.5, 0.25)
+    write_run(study.trial("tanh", key, 0.01, 1000), 0.5, 0.4, 0.3, 0.3, finished=False)
+    write_run(study.trial("tanh", key, 0.03, 1000), 0.5, 0.4, 0.35, 0.25)
+    for seed in (0, 1):
+        write_run(study.run("relu", seed), 0.5, 0.25)
+    write_run(study.run("tanh", 0), 0.5, 0.4, 0.35, 0.25)
+    write_run(study.run("tanh", 1), 0.5, 0.4, 0.35, 0.3, 0.3)
+    monkeypatch.setattr(figure1, "HERE", tmp_path / "kept")
+    figure1.HERE.mkdir()
+    figure1.collect(tmp_path / "runs")
+    return figure1.HERE
+
+
+def test_table_shows_censored_runs_as_bounds(figure1: ModuleType, kept: Path) -> None:
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in figure1.table().splitlines()[2:]]
+    assert rows[0] == ["weights of 2012", "relu", "0.003", "2.0", "2", "2", "2.0", "", "", ""]
+    assert rows[1][:7] == ["weights of 2012", "tanh", "0.03", "4.0", "2", "1", "≥ 4.5"]
+    assert rows[1][7] == f"≥ {(2 * 2.5) ** 0.5:.3g} times"
+    figure1.draw(kept / "figure1.svg")
+    assert "<svg" in (kept / "figure1.svg").read_text()
+
+
+def test_trial_that_is_not_finished_is_censored(figure1: ModuleType, kept: Path) -> None:
+    times = figure1.trial_times(kept / "code2012")
+    assert times["tanh"][0.01] == {1000: figure1.Time(4.0, censored=True)}
+    assert figure1.best_rate(times["tanh"]) == 0.03
+
+
+def test_study_continues_from_the_archive(figure1: ModuleType, kept: Path, tmp_path: Path) -> None:
+    with tarfile.open(kept / "runs.tar.xz") as tar:
+        assert not [name for name in tar.getnames() if "checkpoints" in name]
+        tar.extractall(tmp_path / "elsewhere", filter="data")
+    before, after = (analysis.load_runs(tmp_path / name / "figure1_code2012") for name in ("runs", "elsewhere"))
+    pd.testing.assert_frame_equal(before, after)
+
+
+def test_interval_includes_the_choice_of_the_rate(figure1: ModuleType) -> None:
+    def times(*epochs: float) -> dict[int, Any]:
+        return {seed: figure1.Time(value, censored=False) for seed, value in enumerate(epochs)}
+
+    finals = {"relu": times(2.0, 2.0), "tanh": times(8.0, 8.0)}
+    clear = {"relu": {0.003: times(2, 2, 2), 0.01: times(4, 4, 4)}, "tanh": {0.01: times(8, 8, 8)}}
+    assert figure1.ratio_interval(clear, finals, "tanh", "relu") == pytest.approx((4.0, 4.0))
+    # In samples that draw the second tuning seed often, the other rate is better, and its times are 1.
+    unclear = clear | {"relu": {0.003: times(2, 2, 2), 0.01: times(4, 1, 4)}}
+    low, high = figure1.ratio_interval(unclear, finals, "tanh", "relu")
+    assert low == pytest.approx(4.0)
+    assert high > 5
+    assert (
+        figure1.ratio_interval({"relu": {0.003: times(2, 2)}, "tanh": {0.01: times(8, 8)}}, finals, "tanh", "relu")
+        is None
+    )
+
+
+def test_committed_table_is_current(figure1: ModuleType) -> None:
+    text = (figure1.HERE / "README.md").read_text()
+    assert figure1.insert(text) == text, "run experiments/figure1/figure1.py"
