@@ -65,7 +65,7 @@ GROUPS: dict[str, list[Baseline]] = {
 }
 
 
-def start(baseline: Baseline) -> subprocess.Popen | None:
+def start(baseline: Baseline, **environment: str) -> subprocess.Popen | None:
     """Start a baseline and wait until it has compiled; return None if it does not run here."""
     package, lock = PACKAGES.get(baseline.kind.split("-")[0], ("jax", "requirements.lock"))
     if importlib.util.find_spec(package) is None:
@@ -73,7 +73,7 @@ def start(baseline: Baseline) -> subprocess.Popen | None:
         return None
     command = [sys.executable, HERE / "baselines.py", *map(str, baseline)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, text=True, **pipes)
+    process = subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
     if process.stdout.readline() == "ready\n":
         return process
     print(f"{baseline}: does not run here")
