@@ -5,7 +5,7 @@ import os
 import runpy
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -41,6 +41,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny() -> ConfigDict:
     """Return the config of a run of 12 steps."""
     return run_config(**TINY)
+
+
+@pytest.fixture
+def fast_compilation() -> Iterator[None]:
+    """Compile with few optimisations: for large programs that run once and are compared up to rounding.
+
+    Not for tests of bits, nor for functions that a cache of the package keeps for other tests.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

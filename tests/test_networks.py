@@ -142,7 +142,7 @@ def assert_equal_to_pytorch(config: ConfigDict, executor: str, torch: ModuleType
     generator = np.random.default_rng(1)
     stats = jax.tree.map(lambda leaf: generator.uniform(0.5, 20, leaf.shape).astype(np.float32), stats)
 
-    def tower(params: Any, stats: Any) -> Any:
+    def tower(params: Any, stats: Any, images: Any) -> Any:
         def loss(params: Any) -> Any:
             variables = {"params": params, "batch_stats": stats}
             logits = network.apply(variables, images, train=train, mutable=["batch_stats"])[0]
@@ -150,8 +150,8 @@ def assert_equal_to_pytorch(config: ConfigDict, executor: str, torch: ModuleType
 
         return jax.grad(loss, has_aux=True)(params)
 
-    mapped = towers.map(tower, in_axes=(TOWER, TOWER), out_axes=(TOWER, None))
-    gradients, logits = mapped(towers.place(params), towers.place(stats))
+    mapped = towers.map(tower, in_axes=(TOWER, TOWER, None), out_axes=(TOWER, None))
+    gradients, logits = mapped(towers.place(params), towers.place(stats), towers.replicate(images))
 
     def grouped(tree: Any) -> Any:
         return weights.grouped(TrainedNetwork(config, classes, {"params": tree}, None))
@@ -180,6 +180,7 @@ ON_DEVICES = [(name, "vmap") for name in NETWORKS] + [
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize(("name", "executor"), ON_DEVICES)
 def test_network_equals_pytorch(name: str, executor: str, torch: ModuleType) -> None:
     # A larger alpha makes the normalisations matter.
@@ -193,6 +194,7 @@ MODERN: dict[str, Any] = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize(("activation", "train"), [("gelu", False), ("gelu", True), ("silu", True)])
 def test_modern_operations_equal_pytorch(activation: str, train: bool, torch: ModuleType) -> None:
     config = reduced("paper", **MODERN, **{"model.activation": activation})
@@ -200,6 +202,7 @@ def test_modern_operations_equal_pytorch(activation: str, train: bool, torch: Mo
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize(("name", "fc6", "fc7"), [("keras_tutorial_v1", 2048, 2048), ("keras_tutorial_v2", 1024, 128)])
 def test_keras_tutorials_equal_keras(name: str, fc6: int, fc7: int) -> None:
     """Compare logits, gradients and the distribution of the initial weights at full size."""
