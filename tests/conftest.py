@@ -29,11 +29,33 @@ from support import REPOSITORY, TINY, command, run_config
 
 jax.config.update("jax_num_cpu_devices", 2)
 
+# The files that take longest, longest first.
+LONG_FILES = (
+    "processes",
+    "parallel",
+    "train",
+    "notebooks",
+    "networks",
+    "one_weird_trick",
+    "submit",
+    "main_job",
+    "soak",
+    "gpu_scripts",
+    "config",
+    "layers",
+    "model",
+)
+
 SHARED_IMAGES = REPOSITORY.parent / "shared" / "prepare_data.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests against PyTorch as slow: the fast tests run on every Python, and PyTorch is not installed on all."""
+    """Mark tests against PyTorch as slow, and sort long files first, so that no worker is left alone with one.
+
+    The fast tests run on every Python, and PyTorch is not installed on all.
+    """
+    order = {f"test_{name}.py": number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     for item in items:
         if "torch" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)

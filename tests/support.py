@@ -34,6 +34,9 @@ TINY: dict[str, Any] = {
     "eval.train_images": 20,
 }
 
+# The first layers of a network are enough where only the loop matters, and compile faster.
+SHALLOW = TINY | {"model.order": ("conv1", "conv3", "fc8")}
+
 # Another value for each field that may change when a run is resumed.
 FREELY_CHANGED: dict[str, Any] = {
     "data.data_dir": "elsewhere",

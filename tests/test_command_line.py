@@ -107,8 +107,11 @@ def test_unknown_flag_is_a_usage_error(
         assert "--config.seed=1: needs --config" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_bad_input_is_one_line_and_exit_status_1(tmp_path: Path) -> None:
+def test_bad_input_is_one_line_and_exit_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All in this process, where Python has not yet printed the text that it exits with, and one as a command."""
+    monkeypatch.chdir(tmp_path)
     calls = {
         ("run", LRN, "--seeds=0-5"): "--seeds=0-5: must be ",
         ("launch", "--processes=2", "run"): "COMMAND='run': must be -- and the verb run",
@@ -120,27 +123,30 @@ def test_bad_input_is_one_line_and_exit_status_1(tmp_path: Path) -> None:
         ("report", "nowhere"): "nowhere is not a study's folder",
     }
     assert {verb for verb, *_ in calls} == set(FLAGS)
-    finished = commands(tmp_path, *[("-m", "alexnet_jax", *call) for call in calls])
-    for (verb, *_), message, done in zip(calls, calls.values(), finished, strict=True):
-        assert (done.returncode, done.stdout) == (1, "")
-        assert re.fullmatch(f"alexnet-jax {verb}: .*\n", done.stderr), done.stderr
-        assert message in done.stderr
+    for (verb, *rest), message in calls.items():
+        sentence = run_main(monkeypatch, verb, *rest)
+        assert isinstance(sentence, str)
+        assert re.fullmatch(f"alexnet-jax {verb}: .*", sentence)
+        assert message in sentence
+        assert capsys.readouterr().out == ""
+    (done,) = commands(tmp_path, ("-m", "alexnet_jax", verb, *rest))
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{sentence}\n")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_studies_run_from_any_folder(tmp_path: Path) -> None:
+def test_studies_run_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The package's own studies, by both commands, and a user's own file: the example of `base.study`."""
     assert base.study.__doc__ is not None
     example = textwrap.dedent(re.split(r"A whole study:\n", base.study.__doc__)[1].partition("    Args:")[0])
     assert len(example.strip().splitlines()) <= 14
     (tmp_path / "my_study.py").write_text(example)
-    as_verb, as_module, own, scaled = commands(
+    as_verb, as_module = commands(
         tmp_path,
         ("-m", "alexnet_jax", "run", LRN, "--dry_run", "--seeds=0:1"),
         ("-m", "alexnet_jax.main", LRN, "--dry_run", "--seeds=0:1"),
-        ("-m", "alexnet_jax", "run", "--config=my_study.py", "--dry_run", "--only=wide_and_slow"),
-        ("-m", "alexnet_jax", "run", "--config=my_study.py:tiny", "--dry_run"),
     )
     assert as_verb.returncode == 0, as_verb.stderr
     assert re.findall(r"│ (\w+), seed (\d) ", as_verb.stdout) == [
@@ -149,11 +155,13 @@ def test_studies_run_from_any_folder(tmp_path: Path) -> None:
         ("lrn_after_pooling", "0"),
     ]
     assert as_module.stdout == as_verb.stdout
-    assert own.returncode == 0, own.stderr
-    assert re.findall(r"│ (\w+), seed (\d) ", own.stdout) == [("wide_and_slow", str(seed)) for seed in range(5)]
-    assert "my_study" in own.stdout
-    assert scaled.returncode == 1
-    assert re.match(r"alexnet-jax run: my_study.py:\d+: scale=tiny: must be one of embedded, ", scaled.stderr)
+    monkeypatch.chdir(tmp_path)
+    __main__.run_verb("run", ["--config=my_study.py", "--dry_run", "--only=wide_and_slow"])
+    printed = capsys.readouterr().out
+    assert re.findall(r"│ (\w+), seed (\d) ", printed) == [("wide_and_slow", str(seed)) for seed in range(5)]
+    assert "my_study" in printed
+    sentence = run_main(monkeypatch, "run", "--config=my_study.py:tiny", "--dry_run")
+    assert re.match(r"alexnet-jax run: my_study.py:\d+: scale=tiny: must be one of embedded, ", str(sentence))
     assert [path.name for path in tmp_path.iterdir()] == ["my_study.py"]
 
 

@@ -23,12 +23,12 @@ from alexnet_jax.data.datasets import Arrays
 from alexnet_jax.data.statistics import Statistics
 from alexnet_jax.parallel import TOWER, Executor
 from alexnet_jax.run_dir import RunDir, write_json
-from support import TINY, random_statistics, run_config
+from support import SHALLOW, TINY, random_statistics, run_config
 
 # Initial weights with which logits differ between images, and probabilities between classes.
-SPREAD: dict[str, Any] = TINY | {
-    **{f"model.layers.{name}.weight_std": 0.3 for name in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7")},
-    "model.layers.fc8.weight_std": 1.0,
+SPREAD: dict[str, Any] = SHALLOW | {
+    **{f"model.layers.{name}.weight_std": 0.3 for name in ("conv1", "conv3")},
+    "model.layers.fc8.weight_std": 0.1,
     "data.subtract": "mean_image",
 }
 COUNT = 60

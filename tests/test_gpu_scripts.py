@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -24,7 +25,7 @@ from alexnet_jax import layers
 from alexnet_jax.config import load_study
 from alexnet_jax.run_dir import complete_lines
 from alexnet_jax.studies import runner
-from support import REPOSITORY, TINY, assert_close
+from support import REPOSITORY, SHALLOW, assert_close
 
 SCRIPTS = REPOSITORY / "experiments" / "gpu"
 
@@ -196,10 +197,12 @@ def test_study_is_stopped_at_the_deadline(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_queue_of_studies_resumes_from_its_archive_in_another_folder(tmp_path: Path) -> None:
     """The second study is interrupted; the results are those of runs in one go."""
-    tiny: dict[str, Any] = TINY | {"train.log_every": 20, "train.checkpoint_every": 10_000, "eval.every_epochs": 0.5}
+    tiny: dict[str, Any] = SHALLOW | {"train.log_every": 20, "train.checkpoint_every": 10_000, "eval.every_epochs": 0.5}
     sizes = [f"--config.{key}={value}" for key, value in tiny.items() if key != "train.epochs"]
     arguments = {name: [*sizes, f"--config.train.epochs={value}"] for name, value in (("short", 0.012), ("long", 0.5))}
-    specs = [f"--config=configs/base.py:embedded {' '.join(each)} --workdir={name}" for name, each in arguments.items()]
+    specs = [
+        f"--config=configs/base.py:embedded {shlex.join(each)} --workdir={name}" for name, each in arguments.items()
+    ]
     archive, folders = tmp_path / "queue.tar", [tmp_path / "first", tmp_path / "second"]
 
     def start(folder: Path) -> subprocess.Popen[str]:

@@ -1,6 +1,7 @@
 """The operations against their definitions, and the CPU kernels against the plain operations."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -125,6 +126,15 @@ OPERATIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
+@functools.cache
+def plain_value_and_gradients(name: str, dtype: type) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Return arguments of one of `OPERATIONS`, and the plain operation's value and gradients."""
+    operation, *shapes = OPERATIONS[name]
+    generator = np.random.default_rng(0)
+    arguments = tuple(jnp.array(np.maximum(generator.normal(size=shape), 0), dtype) for shape in shapes)
+    return arguments, value_and_gradients(operation, *arguments, own=False)
+
+
 def value_and_gradients(operation: Callable[..., jax.Array], *arguments: jax.Array, own: bool) -> tuple[jax.Array, ...]:
     """Return an operation's value and the gradients of a weighted sum of it."""
 
@@ -147,12 +157,9 @@ def test_kernel_has_the_value_and_gradient_of_the_plain_operation(
 ) -> None:
     """Among equal maxima, too, which a feature map after ReLUs is full of. A CPU runs the kernels of both kinds."""
     monkeypatch.setattr(layers, "_PLATFORMS", {"cpu": (), "gpu": ()} | {kind: ("cpu",)})
-    operation, *shapes = OPERATIONS[name]
-    generator = np.random.default_rng(0)
     with jax.enable_x64(dtype == np.float64):
-        arguments = [jnp.array(np.maximum(generator.normal(size=shape), 0), dtype) for shape in shapes]
-        fast = value_and_gradients(operation, *arguments, own=True)
-        plain = value_and_gradients(operation, *arguments, own=False)
+        arguments, plain = plain_value_and_gradients(name, dtype)
+        fast = value_and_gradients(OPERATIONS[name][0], *arguments, own=True)
         relative = 1e-12 if dtype == np.float64 else 1e-5
         for one, other in zip(fast, plain, strict=True):
             assert one.dtype == other.dtype == dtype

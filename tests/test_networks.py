@@ -142,7 +142,7 @@ def assert_equal_to_pytorch(config: ConfigDict, executor: str, torch: ModuleType
     generator = np.random.default_rng(1)
     stats = jax.tree.map(lambda leaf: generator.uniform(0.5, 20, leaf.shape).astype(np.float32), stats)
 
-    def tower(params: Any, stats: Any) -> Any:
+    def tower(params: Any, stats: Any, images: Any) -> Any:
         def loss(params: Any) -> Any:
             variables = {"params": params, "batch_stats": stats}
             logits = network.apply(variables, images, train=train, mutable=["batch_stats"])[0]
@@ -150,8 +150,8 @@ def assert_equal_to_pytorch(config: ConfigDict, executor: str, torch: ModuleType
 
         return jax.grad(loss, has_aux=True)(params)
 
-    mapped = towers.map(tower, in_axes=(TOWER, TOWER), out_axes=(TOWER, None))
-    gradients, logits = mapped(towers.place(params), towers.place(stats))
+    mapped = towers.map(tower, in_axes=(TOWER, TOWER, None), out_axes=(TOWER, None))
+    gradients, logits = mapped(towers.place(params), towers.place(stats), towers.replicate(images))
 
     def grouped(tree: Any) -> Any:
         return weights.grouped(TrainedNetwork(config, classes, {"params": tree}, None))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support import REPOSITORY, TINY
+from support import REPOSITORY, SHALLOW
 
 OWN_STUDY = '''"""Does a wider first layer help?"""
 
@@ -50,7 +50,7 @@ def test_wheel_runs_a_built_in_study(installed: Path) -> None:
 @pytest.mark.slow
 def test_wheel_trains_a_users_own_study(installed: Path, tmp_path: Path) -> None:
     (installed / "wide.py").write_text(OWN_STUDY)
-    tiny = [f"--config.{key}={value}" for key, value in TINY.items() if "conv1" not in key]
+    tiny = [f"--config.{key}={value}" for key, value in SHALLOW.items() if "conv1" not in key]
     done = run(installed, "--config=wide.py", *tiny, f"--workdir={tmp_path}", "--config.model.layers.conv1.features=8")
     assert done.returncode == 0, done.stderr
     assert {path.parent.parent.name for path in tmp_path.glob("*/seed_0/result.json")} == {"narrow", "wide"}

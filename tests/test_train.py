@@ -30,10 +30,8 @@ from alexnet_jax.data.datasets import Arrays
 from alexnet_jax.data.loader import train_batches
 from alexnet_jax.metrics import MetricWriter
 from alexnet_jax.run_dir import RunDir, read_json
-from support import FREELY_CHANGED, TINY, random_statistics, run_config
+from support import FREELY_CHANGED, SHALLOW, TINY, random_statistics, run_config
 
-# The first layers of a network are enough where only the loop matters, and compile faster.
-SHALLOW = TINY | {"model.order": ("conv1", "conv3", "fc8")}
 STREAMED = {"data.resident_bytes": 0, "data.host_bytes": 0}
 TIMES = {"images_per_second", "seconds", "data/wait_fraction"}  # which differ between equal runs
 
@@ -197,11 +195,12 @@ def test_another_seed_gives_another_run_and_compiles_nothing(tmp_path: Path, who
     assert logged(tmp_path)[0]["train/loss"] != logged(whole)[0]["train/loss"]
 
 
-def test_statistics_are_arguments_of_the_compiled_functions(tiny: ConfigDict) -> None:
-    setup = train.open_run(tiny)
-    executor, measured = setup.executor, random_statistics(tiny, 1)
-    train_step, predictor = train.make_train_step(setup), evaluate.make_predictor(tiny, 10, setup.executor)
-    batch = next(train_batches(setup.dataset.train, tiny, seed=0, start=0, stop=1))
+def test_statistics_are_arguments_of_the_compiled_functions() -> None:
+    config = run_config(**SHALLOW)
+    setup = train.open_run(config)
+    executor, measured = setup.executor, random_statistics(config, 1)
+    train_step, predictor = train.make_train_step(setup), evaluate.make_predictor(config, 10, setup.executor)
+    batch = next(train_batches(setup.dataset.train, config, seed=0, start=0, stop=1))
 
     def step_and_predict(stats: statistics.Statistics) -> tuple[np.ndarray, np.ndarray]:
         placed, state = executor.replicate(stats), executor.place(train.init_state(setup))
@@ -237,22 +236,22 @@ def test_resume_after_a_signal_is_bit_identical(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("default_handlers")
-def test_run_resumes_with_other_values_of_the_free_fields(
-    tmp_path: Path, whole: Path, tiny: ConfigDict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_resumes_with_other_values_of_the_free_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It learns the same, up to rounding."""
+    config, changed = run_config(**SHALLOW), run_config(**SHALLOW | FREELY_CHANGED)
+    train.train_and_evaluate(config, tmp_path / "whole")
+    pieces = tmp_path / "pieces"
     with monkeypatch.context() as patch:
         patch.setattr(MetricWriter, "progress", send_at(7, signal.SIGTERM))
         with pytest.raises(stop.Stopped):
-            train.train_and_evaluate(tiny, tmp_path)
-    changed = run_config(**TINY | FREELY_CHANGED)
-    finished = train.train_and_evaluate(changed, tmp_path)
+            train.train_and_evaluate(config, pieces)
+    finished = train.train_and_evaluate(changed, pieces)
     chex.assert_trees_all_close(
-        final_state(changed, tmp_path).params, final_state(tiny, whole).params, rtol=1e-4, atol=1e-6
+        final_state(changed, pieces).params, final_state(config, tmp_path / "whole").params, rtol=1e-4, atol=1e-6
     )
-    assert finished["eval/loss"] == pytest.approx(result(whole)["eval/loss"], rel=1e-5)
-    assert "since the interruption, executor has changed from pmap to vmap" in (tmp_path / "train.log").read_text()
-    environment = read_json(tmp_path / "env.json")
+    assert finished["eval/loss"] == pytest.approx(result(tmp_path / "whole")["eval/loss"], rel=1e-5)
+    assert "since the interruption, executor has changed from pmap to vmap" in (pieces / "train.log").read_text()
+    environment = read_json(pieces / "env.json")
     assert [environment["executor"], *(former["executor"] for former in environment["earlier"])] == ["vmap", "pmap"]
 
 
@@ -383,7 +382,7 @@ def test_run_on_jpegs_with_every_feature_resumes_bit_identical(
         "eval.every_epochs": 24 / 38,
         "eval.batch_size": 8,
     }
-    config = run_config("cifar10", **TINY | changes)
+    config = run_config("cifar10", **SHALLOW | changes)
     batches: list[list[str]] = []  # hashes of the images of each step, for each call
 
     def hash_batches(*arguments: Any, **keywords: Any) -> Iterator[loader.Batch]:
@@ -551,7 +550,7 @@ def test_run_that_waits_for_images_warns_once(
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime))
     monkeypatch.setattr(train, "train_batches", slow_batches)
     monkeypatch.setattr(MetricWriter, "progress", slow_progress)
-    trained = train.train_and_evaluate(run_config(**TINY | STREAMED), tmp_path)
+    trained = train.train_and_evaluate(run_config(**SHALLOW | STREAMED), tmp_path)
     lines = RunDir(tmp_path).metrics()
     fractions = [line["data/wait_fraction"] for line in lines if "data/wait_fraction" in line]
     assert len(fractions) == 6
@@ -680,11 +679,12 @@ def test_nothing_is_compiled_after_the_first_of_each(
     assert counts[6] == len(compiled) > counts[0]
 
 
-def test_state_is_donated(tiny: ConfigDict) -> None:
-    setup = train.open_run(tiny)
+def test_state_is_donated() -> None:
+    config = run_config(**SHALLOW)
+    setup = train.open_run(config)
     state = setup.executor.place(train.init_state(setup))
-    batch = next(train_batches(setup.dataset.train, tiny, seed=0, start=0, stop=1))
-    stats = setup.executor.replicate(random_statistics(tiny, 1))
+    batch = next(train_batches(setup.dataset.train, config, seed=0, start=0, stop=1))
+    stats = setup.executor.replicate(random_statistics(config, 1))
     train.make_train_step(setup)(state, batch, stats, np.uint32(0), np.int32(1), np.int32(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 

@@ -20,7 +20,7 @@ from alexnet_jax.checkpoint import TrainedNetwork, load_run, save_run
 from alexnet_jax.data import datasets
 from alexnet_jax.data.loader import train_batches
 from alexnet_jax.run_dir import RunDir, read_json
-from support import TINY, random_statistics, reduced, run_config
+from support import SHALLOW, TINY, random_statistics, reduced, run_config
 
 CLASSES = 7
 DIGITS = [str(digit) for digit in range(10)]
@@ -280,9 +280,9 @@ def test_run_remembers_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 def test_run_trains_the_weights_that_it_starts_from(tmp_path: Path) -> None:
     """At a learning rate of almost 0 they are those of the last checkpoint."""
-    source = make_run(tmp_path / "source", run_config(**TINY))
-    tiny = {"train.epochs": 0.003, "optim.learning_rate": 1e-9}
-    config, _ = starting_from(tmp_path / "source", **tiny)
+    source = make_run(tmp_path / "source", run_config(**SHALLOW))
+    changes = SHALLOW | {"train.epochs": 0.003, "optim.learning_rate": 1e-9}
+    config, _ = starting_from(tmp_path / "source", **changes)
     train.train_and_evaluate(config, tmp_path / "run")
     trained = load_run(tmp_path / "run").variables
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), trained, source.variables)
@@ -290,9 +290,9 @@ def test_run_trains_the_weights_that_it_starts_from(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_layer_frozen_at_epoch_0_keeps_the_weights_that_it_starts_from(tmp_path: Path) -> None:
-    source = make_run(tmp_path / "source", run_config(**TINY))
-    frozen = ("conv1", "conv2", "conv3", "conv4", "conv5")
-    changes = {f"model.layers.{layer}.freeze_epoch": 0.0 for layer in frozen}
+    source = make_run(tmp_path / "source", run_config(**SHALLOW))
+    frozen = ("conv1", "conv3")
+    changes = SHALLOW | {f"model.layers.{layer}.freeze_epoch": 0.0 for layer in frozen}
     config, dataset = starting_from(tmp_path / "source", **changes | {"optim.weight_decay": 0.1})
     setup = train.open_run(config)
     initial = weights.initial(config, dataset)

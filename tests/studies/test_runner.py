@@ -28,7 +28,7 @@ from alexnet_jax.evaluate import evaluate_runs
 from alexnet_jax.run_dir import RunDir, StudyDir, read_json, write_json, write_text
 from alexnet_jax.studies import analysis, runner
 from alexnet_jax.tools import predict, summary
-from support import TINY, run_config
+from support import SHALLOW, TINY, run_config
 
 
 def tiny_study(**changes: Any) -> ConfigDict:
@@ -344,13 +344,12 @@ def test_dataset_that_was_prepared_anew_is_refused(photos: Path, tmp_path: Path)
         prepare.prepare(sources.folder(folder), 32, str(tmp_path / "data"))
 
     changes = {
-        "model.order": ("conv1", "conv3", "fc8"),
         "data.name": "photos",
         "data.data_dir": str(tmp_path / "data"),
         "data.eval_split": "validation",
         "train.epochs": 0.1,
     }
-    study = base.study("cifar10", {"a": {}}, changes=TINY | changes, seeds=(0,))
+    study = base.study("cifar10", {"a": {}}, changes=SHALLOW | changes, seeds=(0,))
     prepare_again(photos)
     assert runner.run_study(study, tmp_path / "study") == []
     run = StudyDir(tmp_path / "study").run("a", 0)

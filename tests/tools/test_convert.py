@@ -22,7 +22,7 @@ from alexnet_jax.data import augment
 from alexnet_jax.parallel import TOWER
 from alexnet_jax.run_dir import RunDir, read_json
 from alexnet_jax.tools import convert
-from support import TINY, assert_close, command, random_statistics, reduced, run_config, run_script
+from support import SHALLOW, assert_close, command, random_statistics, reduced, run_config, run_script
 
 CLASSES = 7  # odd: the last layer is padded
 
@@ -392,13 +392,13 @@ def test_caffes_weights_give_caffes_logits(torch: ModuleType, caffe: TrainedNetw
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train a run of twelve steps on two devices."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    train.train_and_evaluate(run_config(**TINY), folder)
+    train.train_and_evaluate(run_config(**SHALLOW), folder)
     return folder
 
 
 @pytest.mark.slow
 def test_run_converted_to_a_file_and_back_resumes_training(trained: Path, tmp_path: Path) -> None:
-    first, config, again = load_run(trained), run_config(**TINY), RunDir(tmp_path / "again")
+    first, config, again = load_run(trained), run_config(**SHALLOW), RunDir(tmp_path / "again")
     convert.convert(trained, tmp_path / "net.npy")
     convert.convert(tmp_path / "net.npy", again.path, config)
     assert_equal(load_run(again.path), first)
@@ -423,7 +423,7 @@ def test_checkpoint_moves_between_two_devices_and_one(trained: Path, tmp_path: P
         """Make the run one that is unfinished."""
         run.result_file.unlink()
         run.config_file.unlink()
-        return run_config(**TINY | {"train.epochs": epochs})
+        return run_config(**SHALLOW | {"train.epochs": epochs})
 
     config = extend(0.014)
     script = f"""
