@@ -1,4 +1,4 @@
-"""The scripts of experiments/scaling: their predictions, and a measurement that measures nothing."""
+"""The scripts of experiments/scaling: their predictions, and what they do without a TPU and without measuring."""
 
 import itertools
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.scaling import measure, plan
+from experiments.scaling import measure, plan, tpu
 from experiments.speed import cost
 from experiments.summary import insert
 from support import REPOSITORY
@@ -74,6 +74,49 @@ def test_input_limits_devices_with_few_cores() -> None:
     assert plan.hours(parts, 256) == pytest.approx(plan.IMAGES * plan.EPOCHS / (2 * plan.DECODED) / 3600)
 
 
+PROGRAM = """HloModule jit__fun
+%all-reduce-scatter (input: f32[2,128,500]) -> f32[64,8,128] {
+  %all-reduce.1 = f32[128,8,128]{2,1,0:T(8,128)} all-reduce(%pad.21), channel_id=5, replica_groups={{0,1},{2,3}}
+}
+ENTRY %main (param: f32[1,48]) -> f32[] {
+  %all-gather.23 = f32[4,10]{1,0:T(8,128)S(1)} all-gather(%fusion.10), replica_groups=[2,2]<=[4], dimensions={0}
+  %all-reduce.2 = (f32[4]{0:T(128)S(1)}, bf16[5,4]{1,0}, /*index=2*/f32[]) all-reduce(%a), replica_groups={{0,1,2,3}}
+  %collective-permute-start = (f32[1,8]{1,0}, f32[1,8]{1,0}, u32[]{:S(2)}) collective-permute-start(%slice.209)
+  %collective-permute-done = f32[1,8]{1,0} collective-permute-done(%collective-permute-start)
+  ROOT %reduce_scatter.47 = f32[1,20]{1,0} reduce-scatter(%fusion.58), replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+"""
+
+
+def test_collectives_of_a_program_are_counted_and_measured() -> None:
+    counts, sent = tpu.collectives(PROGRAM)
+    assert counts == {"reduce-scatter": 2, "all-gather": 1, "all-reduce": 1, "collective-permute": 1}
+    assert sent == 4 * 128 * 8 * 128 / 2 + 4 * 40 / 2 + (16 + 40) * 2 * 3 / 4 + 32 + 80
+    with pytest.raises(ValueError, match="must be synchronous"):
+        tpu.collectives(PROGRAM.replace(" all-gather(", " all-gather-start("))
+
+
+def test_committed_tpu_programs_send_what_the_cost_model_says() -> None:
+    """XLA may pad what it sends; of FLOPs it leaves out those with the zeros of padding."""
+    table = pd.read_csv(FOLDER / "results_tpu.csv")
+    programs = sorted(zip(table.network, table.executor, strict=True))
+    assert programs == sorted(itertools.product(tpu.NETWORKS, tpu.SHARDS))
+    for row in table[table.network == "paper"].to_dict("records"):
+        model = cost.total(plan.step_costs("towers", row["devices"], row["batch"], "float32"))
+        columns = "model_sent_bytes", "model_flops", "model_moved_bytes"
+        assert [row[name] for name in columns] == [model.sent, model.flops, model.moved]
+        assert row["sent_bytes"] == pytest.approx(model.sent, rel=1e-3)
+        assert 0.9 < row["flops"] / model.flops < 1
+
+
+@pytest.mark.slow
+def test_tpu_script_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "libtpu.so"))
+    done = run_script("tpu", f"--folder={tmp_path}")
+    assert done.returncode == 1
+    assert 'libtpu.so: must be FOLDER/libtpu/libtpu.so; pip install --target FOLDER --no-deps "libtpu==' in done.stderr
+
+
 class FakeProcess:
     """A baseline that takes as many seconds as it has devices, and twice the CPU seconds."""
 
@@ -135,9 +178,12 @@ def test_measurements_are_appended_resumed_and_compared(
 
 
 @pytest.mark.slow
-def test_measurements_run_here(tmp_path: Path) -> None:
-    done = run_script("measure", "--only=embedded", "--repetitions=1", f"--folder={tmp_path}")
-    assert done.returncode == 0, done.stderr
+def test_measurements_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "list_cases", lambda network: [(network, 4, 4)])
+    monkeypatch.setattr(sys, "argv", ["measure.py", f"--folder={tmp_path}", "--only=embedded", "--repetitions=2"])
+    measure.main()
     table = pd.read_csv(tmp_path / "results.csv")
-    assert sorted(table.devices) == [1, 1, 1, 2, 2, 4, 4]
+    assert table[["network", "devices", "batch", "repetition"]].to_numpy().tolist() == [
+        ["embedded", 4, 4, repetition] for repetition in range(2)
+    ]
     assert (table.seconds > 0).all()

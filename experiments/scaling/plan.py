@@ -161,9 +161,13 @@ def to_markdown(devices: dict[str, Device], table: pd.DataFrame) -> str:
     """Return the tables of README.md: published times, assumptions, and predictions for both rules."""
     checks = [["published", "hours", "predicted", "predicted / published", ""]]
     for check in CHECKS:
-        predicted = hours(step_seconds(devices[check.device], check.layout, check.count, check.batch), check.batch)
+        device = devices[check.device]
+        parts = step_seconds(device, check.layout, check.count, check.batch)
+        predicted = hours(parts, check.batch)
+        step = check.hours * 3600 * check.batch / IMAGES / EPOCHS
+        link = device.link * parts["communication"] / (step - parts["compute"]) / 1e9
+        use = f"calibrates the {check.used_for}" if check.used_for else f"**a prediction**; exact with {link:.2g} GB/s"
         what = f"{check.count} x {check.device}, {check.layout}, batch {check.batch}: {check.source}"
-        use = f"calibrates the {check.used_for}" if check.used_for else "**a prediction**"
         checks.append([what, f"{check.hours:.4g}", f"{predicted:.4g}", f"{predicted / check.hours:.2f}", use])
     columns = ["peak, TFLOP/s", "memory, GB/s", "link, GB/s", "network, GB/s", "fraction", "$ per hour", "cores"]
     assumed = [["assumed", *columns, "cores needed"]]
