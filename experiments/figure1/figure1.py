@@ -158,23 +158,52 @@ def show(seeds: dict[int, Time]) -> str:
     return f"{'≥ ' * any_censored(seeds)}{mean_epochs(seeds):.1f}" if seeds else ""
 
 
+def markdown(rows: list[list[str]]) -> str:
+    """Return a table, whose first row has the headings."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
 def table() -> str:
-    """Return a row for each arm, in Markdown: its learning rate, its trials, its final runs and the ratio to ReLU."""
-    headings = ["initial weights", "activation", "learning rate", "epochs, trials", "n", "reached 25 %", "epochs, mean"]
-    rows = [[*headings, "ratio to ReLU", "95 % CI", "with the choice of the rate"], ["---"] * (len(headings) + 3)]
+    """Return a row for each arm, in Markdown: its learning rate, its trials, its final runs, and ratios to ReLU."""
+    headings = [
+        "initial weights",
+        "activation",
+        "learning rate",
+        "epochs, trials",
+        "ratio, trials",
+        "n",
+        "reached 25 %",
+    ]
+    rows = [[*headings, "epochs", "ratio", "95 % CI", "with the choice of the rate"]]
     for name, study in kept().items():
         runs, trials, claims = analysis.load_runs(study), trial_times(study), analysis.verdicts(study).set_index("arm")
         finals = {arm: final_times(runs, arm) for arm in trials}
+        best = {arm: of_arm[best_rate(of_arm)] for arm, of_arm in trials.items()}
         for arm, of_arm in trials.items():
-            rate, times = best_rate(of_arm), finals[arm]
-            row = [INITIAL_WEIGHTS[name], arm, f"{rate:g}", show(of_arm[rate]), str(len(times))]
-            row += [str(sum(not time.censored for time in times.values())), show(times), "", "", ""]
+            times = finals[arm]
+            row = [INITIAL_WEIGHTS[name], arm, f"{best_rate(of_arm):g}", show(best[arm])]
+            known = arm != "relu" and "relu" in best and not any_censored(best["relu"])
+            bound = "≥ " * any_censored(best[arm])
+            row.append(f"{bound}{mean_epochs(best[arm]) / mean_epochs(best['relu']):.2f}" if known else "")
+            row += [str(len(times)), str(sum(not time.censored for time in times.values())), show(times)]
+            ratio = interval = choice = ""
             if arm in claims.index and claims["pairs"][arm] != "0":
-                row[-3:-1] = claims["found"][arm], claims["95 % CI"][arm]
-                if interval := ratio_interval(trials, finals, arm, "relu"):
-                    row[-1] = f"{interval[0]:.3g} to {interval[1]:.3g}"
-            rows.append(row)
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+                ratio, interval = claims["found"][arm], claims["95 % CI"][arm]
+                if with_choice := ratio_interval(trials, finals, arm, "relu"):
+                    choice = f"{with_choice[0]:.3g} to {with_choice[1]:.3g}"
+            rows.append([*row, ratio, interval, choice])
+    return markdown(rows)
+
+
+def rate_table() -> str:
+    """Return a row for each arm, in Markdown: the mean time of its trials at each learning rate."""
+    found = {name: trial_times(study) for name, study in kept().items()}
+    tried = sorted({rate for arms in found.values() for rates in arms.values() for rate in rates})
+    rows = [["initial weights", "activation", *(f"{rate:g}" for rate in tried)]]
+    for name, arms in found.items():
+        for arm, rates in arms.items():
+            rows.append([INITIAL_WEIGHTS[name], arm, *(show(rates.get(rate, {})) for rate in tried)])
+    return markdown(rows)
 
 
 def draw_curves(axes: Axes, study: Path, title: str) -> None:
@@ -223,9 +252,10 @@ def draw(path: Path) -> None:
 
 
 def insert(text: str) -> str:
-    """Return the text of the README with the table."""
+    """Return the text of the README with the tables."""
     before, _, rest = text.partition(MARKERS[0])
-    return before + MARKERS[0] + table() + MARKERS[1] + rest.partition(MARKERS[1])[2]
+    tables = f"{table()}\nEpochs to 25 % of the trials, by learning rate:\n\n{rate_table()}"
+    return before + MARKERS[0] + tables + MARKERS[1] + rest.partition(MARKERS[1])[2]
 
 
 def main() -> None:
