@@ -77,9 +77,10 @@ def to_markdown(table: pd.DataFrame, folder: str) -> str:
 
 
 def tables() -> dict[Path, str]:
-    """Return the table of each README: all claims, and those of `METRICS` that count."""
+    """Return the table of each README: all claims; and the first of each study that counts and is of `METRICS`."""
     claims = pd.concat(map(list_claims, list_studies()), ignore_index=True)
     short = claims[~claims["verdict"].str.startswith("withdrawn") & claims["metric"].isin(METRICS)]
+    short = short.groupby("study", sort=False).head(1)
     short = short.assign(metric=short["metric"].map(METRICS)).drop(columns="margin")
     others = published()
     full = claims.merge(others, how="left", on=["arm", "metric"]).fillna("")
