@@ -186,18 +186,20 @@ def test_interrupted_jobs_resume_with_any_number_of_processes(start: Start, tmp_
 
 
 @pytest.mark.slow
-def test_jobs_share_the_folder_of_a_study(start: Start, tmp_path: Path) -> None:
-    """Two jobs and both seeds: every run is trained once; process 0 alone writes."""
-    command = study_command(tmp_path / "study", "--seeds=0:2", epochs=0.1)
-    jobs = [start(command, 2, 1) for _ in range(2)]
-    assert [status for each in jobs for status in each.statuses()] == [0] * 4
-    logs = [each.log(number) for each in jobs for number in (0, 1)]
+def test_launched_jobs_share_the_folder_of_a_study(start: Start, tmp_path: Path) -> None:
+    """Two jobs and both seeds: every run is trained once, and process 0 alone writes."""
+    _, _, *run_verb = study_command(tmp_path / "study", "--seeds=0:2", epochs=0.1)
+    launch = ["-m", "alexnet_jax", "launch", "--processes=2", "--devices=1", "--", *run_verb]
+    jobs = [start(launch, 1, 1) for _ in range(2)]
+    assert [each.statuses() for each in jobs] == [[0], [0]]
+    logs = [each.log(0) for each in jobs]
     for seed in (0, 1):
         run = StudyDir(tmp_path / "study").run("lrn", seed)
         assert run.status == "finished"
         assert [line["step"] for line in curve(run)] == [10, 20, 30, 40, 50, 50]
-        started = [log.count(f"lrn/seed_{seed}: shard_map on cpu:0, cpu:2048: from step 0 to 50") for log in logs]
-        assert sorted(started) == [0, 0, 0, 1]
+        begins = f"lrn/seed_{seed}: shard_map on cpu:0, cpu:2048: from step 0 to 50"
+        assert sorted(log.count(f"0: {begins}") for log in logs) == [0, 1]
+        assert not any(f"1: {begins}" in log for log in logs)
         environment = run.read_environment()
         assert environment is not None
         assert environment["processes"] == 2
