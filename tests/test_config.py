@@ -439,6 +439,7 @@ def test_value_that_cannot_work_ends_the_command_before_anything_is_written(
         ("model.layers.conv1.then", ("relu",), "activation, lrn, spatial_lrn, batch_norm, max_pool, avg_pool, dropout"),
         ("model.layers.conv1.then", ("batch_norm", "batch_norm"), "batch_norm at most once"),
         ("model.layers.conv1.padding", (1,), "pixels before and after"),
+        ("model.layers.conv1.padding", (5, 0), "fewer than kernel=5"),
         ("model.dropout.rate", 1.0, "from 0 to less than 1"),
         ("data.crop", 29, "from 1 to data.image_size=28"),
         ("data.mean", (1.0, 2.0), "one for each of the 1 channels"),
