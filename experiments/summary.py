@@ -103,12 +103,12 @@ def insert(text: str, table: str) -> str:
 
 
 def write_plot(path: Path) -> None:
-    """Write the forest plot of all claims that count."""
+    """Write the forest plot of all claims that count and have an interval."""
     effects = []
     for study in list_studies():
         frame = analysis.claim_effects(study)
         frame["arm"] = study.relative_to(HERE).as_posix() + ", " + frame["arm"]
-        frame = frame[frame["pairs"] > 0]
+        frame = frame[frame["pairs"] > 1]
         effects.append(frame[[not objection(study, metric) for metric in frame["metric"]]])
     mpl.rcParams["svg.hashsalt"] = path.name  # the same file each time
     plots.plot_effects(pd.concat(effects, ignore_index=True)).savefig(path, metadata={"Date": None})

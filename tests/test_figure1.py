@@ -108,6 +108,9 @@ def test_interval_includes_the_choice_of_the_rate(figure1: ModuleType) -> None:
 def test_committed_tables_and_the_sentence_about_them_are_current(figure1: ModuleType) -> None:
     text = (figure1.HERE / "README.md").read_text()
     assert figure1.insert(text) == text, "run experiments/figure1/figure1.py"
-    ratios = [row.split("|")[5].strip() for row in figure1.table().splitlines() if "| tanh |" in row]
+    (row,) = [row.split("|") for row in figure1.table().splitlines() if "| tanh |" in row]
     assert "tanh took about twice as many epochs as ReLU" in " ".join(text.split())
-    assert 1.8 < float(ratios[0]) < 2.3
+    assert "one tuning seed and one fresh seed" in text
+    assert row[6].strip() == "1"
+    assert 1.8 < float(row[5]) < 2.3
+    assert 1.8 < float(row[9].removesuffix("times ")) < 2.3
