@@ -72,7 +72,7 @@ def page(study: str) -> str:
 def to_markdown(table: pd.DataFrame, folder: str) -> str:
     """Return a table in Markdown; names of studies link to their notebooks, below `folder`."""
     linked = table.assign(study=[f"[{name}]({folder}{page(name)})" for name in table["study"]])
-    rows = [linked.columns, ["---"] * len(linked.columns), *linked.itertuples(index=False)]
+    rows = [list(linked), ["---"] * len(linked.columns), *linked.to_numpy().tolist()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -84,8 +84,8 @@ def tables() -> dict[Path, str]:
     short = short.assign(metric=short["metric"].map(METRICS)).drop(columns="margin")
     others = published()
     full = claims.merge(others, how="left", on=["arm", "metric"]).fillna("")
-    place = full.columns.get_loc("claim") + 1
-    full = full[[*full.columns[:place], *others.columns[2:], *full.columns[place : claims.shape[1]]]]
+    place = list(claims).index("claim") + 1
+    full = full[[*claims.columns[:place], *others.columns[2:], *claims.columns[place:]]]
     return {HERE / "README.md": to_markdown(full, ""), HERE.parent / "README.md": to_markdown(short, "experiments/")}
 
 
