@@ -72,7 +72,7 @@ def page(study: str) -> str:
 def to_markdown(table: pd.DataFrame, folder: str) -> str:
     """Return a table in Markdown; names of studies link to their notebooks, below `folder`."""
     linked = table.assign(study=[f"[{name}]({folder}{page(name)})" for name in table["study"]])
-    rows: list[list[str]] = [list(linked), ["---"] * len(linked.columns), *linked.to_numpy().tolist()]
+    rows: list[list[str]] = [linked.columns.tolist(), ["---"] * len(linked.columns), *linked.to_numpy().tolist()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
