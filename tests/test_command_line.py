@@ -26,7 +26,7 @@ FLAGS = {
         *("--name", "--hold_out", "--skip_bad", "--max_pixels"),
     ),
     "evaluate": ("--run", "--views", "--data_dir", "--split", "--output"),
-    "predict": ("IMAGE", "--run", "--views", "--neighbours", "--data_dir", "--output"),
+    "predict": ("IMAGE", "--run", "--config", "--views", "--neighbours", "--data_dir", "--output"),
     "summary": ("--config", "--classes", "--channels"),
     "convert": ("SOURCE", "TARGET", "--config"),
     "report": ("study",),

@@ -134,9 +134,9 @@ def test_job_computes_what_one_process_does(start: Start, tmp_path: Path) -> Non
         assert_equal_arrays(tmp_path / f"{name}.npz", first / "state.npz")
 
 
-def study_command(folder: Path, *flags: str, epochs: float = 0.6) -> list[str]:
-    """Return the command line of a study of small runs, of 300 steps with a checkpoint after each 100."""
-    changes = job.CHANGES | {"train.epochs": epochs, "train.log_every": 10, "train.checkpoint_every": 100}
+def study_command(folder: Path, *flags: str, epochs: float = 1.2) -> list[str]:
+    """Return the command line of a study of small runs, of 600 steps with a checkpoint after each 200."""
+    changes = job.CHANGES | {"train.epochs": epochs, "train.log_every": 10, "train.checkpoint_every": 200}
     changes["eval.every_epochs"] = 1.0
     overrides = [f"--config.{key}={value}" for key, value in changes.items()]
     study = ["--config=configs/ablation_lrn.py", "--only=lrn", f"--workdir={folder}"]
@@ -159,15 +159,16 @@ def test_interrupted_jobs_resume_with_any_number_of_processes(start: Start, tmp_
     run = StudyDir(tmp_path / "study").run("lrn", 0)
 
     stopped = start(command, 2, 1)
-    stopped.wait_for("step 30/")
+    stopped.wait_for("step 10/")
     stopped.processes[1].send_signal(signal.SIGTERM)  # to one of them
     assert stopped.statuses() == [143, 143]
     steps = {re.search(r"stopped at step (\d+)", stopped.log(number))[1] for number in (0, 1)}  # type: ignore[index]
     assert steps == {str(steps_on_disk(run)[-1])}
 
-    for lost, resumed_at in ((1, 100), (0, 200)):
+    straight = start(study_command(tmp_path / "straight", "--seeds=0:1"), 1, 2)
+    for lost, saved in ((1, 200), (0, 400)):
         job = start(command, 2, 1)
-        job.wait_for(f"step {resumed_at + 10}/")
+        job.wait_for(f"step {saved + 10}/")
         job.processes[lost].kill()
         killed = time.monotonic()
         statuses = job.statuses()
@@ -178,7 +179,7 @@ def test_interrupted_jobs_resume_with_any_number_of_processes(start: Start, tmp_
         assert run.status == "unfinished"
 
     assert start(command, 1, 2).statuses() == [0]
-    assert start(study_command(tmp_path / "straight", "--seeds=0:1"), 1, 2).statuses() == [0]
+    assert straight.statuses() == [0]
     actual, expected = curve(run), curve(StudyDir(tmp_path / "straight").run("lrn", 0))
     assert [line["step"] for line in actual] == [line["step"] for line in expected]
     for line, other in zip(actual, expected, strict=True):

@@ -20,9 +20,8 @@ from support import TINY, random_statistics, run_config
 
 # Initial weights with which predictions differ between images.
 SPREAD: dict[str, Any] = TINY | {
-    "model.order": ("conv1", "conv3", "fc7", "fc8"),
-    **{f"model.layers.{name}.weight_std": 0.3 for name in ("conv1", "conv3", "fc7")},
-    "model.layers.fc8.weight_std": 0.1,
+    **{f"model.layers.{name}.weight_std": 0.3 for name in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7")},
+    "model.layers.fc8.weight_std": 1.0,
     "data.subtract": "mean_image",
 }
 
