@@ -18,6 +18,7 @@ METRICS = {  # in the README's table
     "eval/top1_error": "top-1 error, points",
     "generalisation_gap": "generalisation gap, points",
     "epochs_to_25": "epochs to 25 % training error",
+    "train_eval_epochs_to_25": "epochs to 25 % training error",
 }
 ALL_IN_ONE = "contributions"  # the study that repeats the claims of the others, and is left out
 

@@ -109,8 +109,8 @@ def test_committed_tables_and_the_sentence_about_them_are_current(figure1: Modul
     text = (figure1.HERE / "README.md").read_text()
     assert figure1.insert(text) == text, "run experiments/figure1/figure1.py"
     (row,) = [row.split("|") for row in figure1.table().splitlines() if "| tanh |" in row]
-    assert "tanh took about twice as many epochs as ReLU" in " ".join(text.split())
-    assert "one tuning seed and one fresh seed" in text
-    assert row[6].strip() == "1"
+    assert "tanh takes about twice as many epochs as ReLU" in " ".join(text.split())
+    assert "One seed chose the rates and three fresh ones were compared" in " ".join(text.split())
+    assert row[6].strip() == "3"
     assert 1.8 < float(row[5]) < 2.3
     assert 1.8 < float(row[9].removesuffix("times ")) < 2.3
