@@ -4,8 +4,8 @@
     python experiments/figure1/figure1.py                # draw what was kept
 
 Beside the script are, for each choice of initial weights, study.json, results.csv, curves.csv and trials.csv, which has
-the training error of the trials; and runs.tar.xz: the folders of all runs without checkpoints and TensorBoard files,
-from which the studies continue in any folder RUNS:
+the training error of the trials; and runs.tar.xz: the folders of all runs without checkpoints, logs and TensorBoard
+files, from which the studies continue in any folder RUNS:
 
     tar -xf experiments/figure1/runs.tar.xz -C RUNS
 """
@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 INITIAL_WEIGHTS = {"code2012": "weights of 2012", "fan_in": "weights by fan-in"}
 LINES = {"relu": "-", "tanh": "--", "scaled_tanh": "-."}
 ERROR, METRIC = "train_eval/top1_error", "train_eval_epochs_to_25"
-LEFT_OUT = ("checkpoints", "events.out.tfevents", "report.html", ".")  # beginnings of names
+LEFT_OUT = ("checkpoints", "events.out.tfevents", "report.html", "train.log", ".")  # beginnings of names
 TUNING_SEEDS = 3  # that an interval needs which includes the choice of the learning rate
 SAMPLES = 10_000
 MARKERS = ("<!-- results -->\n", "<!-- /results -->")
