@@ -14,7 +14,7 @@ run: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-# Runs the fast tests, in under a minute.
+# Runs the fast tests, in about two minutes.
 quick: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder -m "not slow"
 

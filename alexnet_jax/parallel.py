@@ -140,7 +140,7 @@ class Executor:
 
     @property
     def copies(self) -> int:
-        """How many copies of a replicated array this process has."""
+        """The number of copies of a replicated array in this process."""
         return sum(device.process_index == jax.process_index() for device in self.devices)
 
     def place(self, tree: Any) -> Any:
@@ -210,11 +210,10 @@ class Executor:
 
         @functools.wraps(compiled)
         def call(*arguments: Any) -> Any:
-            placed = [
-                jax.tree.map(self._from_local_rows, argument) if axis == DATA else argument
-                for axis, argument in zip(in_axes, arguments, strict=True)
-            ]
-            result = compiled(*placed)
+            if processes.count() > 1:
+                axes = zip(in_axes, arguments, strict=True)
+                arguments = tuple(jax.tree.map(self._from_local_rows, a) if axis == DATA else a for axis, a in axes)
+            result = compiled(*arguments)
             # CPU devices share one thread pool. A step dispatched while another is in flight can take the threads on
             # which the other tower of the first one would answer: both would wait for ever.
             return jax.block_until_ready(result) if self.platform == "cpu" else result

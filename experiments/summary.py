@@ -73,8 +73,12 @@ def page(study: str) -> str:
 def to_markdown(table: pd.DataFrame, folder: str) -> str:
     """Return a table in Markdown; names of studies link to their notebooks, below `folder`."""
     linked = table.assign(study=[f"[{name}]({folder}{page(name)})" for name in table["study"]])
-    rows: list[list[str]] = [linked.columns.tolist(), ["---"] * len(linked.columns), *linked.to_numpy().tolist()]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown([linked.columns.tolist(), *linked.to_numpy().tolist()])
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Return a table in Markdown; the first row has the headings."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 def tables() -> dict[Path, str]:

@@ -56,7 +56,7 @@ def test_committed_tables_of_results_are_current() -> None:
 
 
 def test_published_effects_are_the_differences_of_their_sources() -> None:
-    """Of two errors in percent, or of two accuracies, the first without what the second has."""
+    """Sources give two errors in percent, or two accuracies; the first lacks what the second has."""
     for row in csv.DictReader((EXPERIMENTS / "published.csv").read_text().splitlines()):
         first, second = map(float, re.findall(r"\d+\.\d+", row["source"])[:2])
         difference = second - first if row["source"].startswith("accuracy") else (first - second) / 100

@@ -109,7 +109,7 @@ def test_two_towers_on_four_devices_equal_the_papers_layout_on_one() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", ["pmap", "shard_map"])
 def test_logits_in_evaluation_equal_those_of_the_papers_layout(executor: str) -> None:
-    """Of any number of images."""
+    """The number of images need not be a multiple of the towers."""
     logits = []
     state = reference("everything")[-1]
     for config, name in ((run_config(**EVERYTHING), "vmap"), (weird("everything"), executor)):
@@ -164,7 +164,7 @@ def test_shard_that_the_towers_cannot_divide_is_refused() -> None:
 
 @pytest.mark.slow
 def test_network_of_2014_on_two_devices_is_its_one_tower() -> None:
-    """As the docstring of configs/networks/one_weird_trick.py has it."""
+    """The changes are those of the docstring of configs/networks/one_weird_trick.py."""
     changes = {
         "model.towers": 2,
         "model.lrn.sees": "all",

@@ -308,7 +308,7 @@ def test_run_killed_before_its_result_gets_it_from_the_last_checkpoint(
 def test_run_ends_at_the_evaluation_that_reaches_its_error(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the uninterrupted run of 12 steps up to step 6; also if it is interrupted before, or killed at the end."""
+    """It equals an uninterrupted run up to step 6, also if it is interrupted before that, or killed at the end."""
     errors = {line["step"]: line["train_eval/top1_error"] for line in logged(whole) if "train_eval/top1_error" in line}
     config = run_config(**TINY, **{"train.stop_at_error": errors[6]})
     train.train_and_evaluate(config, tmp_path / "early")

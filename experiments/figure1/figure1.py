@@ -1,7 +1,7 @@
 """Collect the runs of configs/figure1.py, draw figure 1 and write its table.
 
-    python experiments/figure1/figure1.py --runs=RUNS    # keep what the runs in RUNS/figure1_* say, then draw
-    python experiments/figure1/figure1.py                # draw what was kept
+    python experiments/figure1/figure1.py --runs=RUNS    # collect the runs in RUNS/figure1_*, then draw
+    python experiments/figure1/figure1.py                # draw the files beside the script
 
 Beside the script are, for each choice of initial weights, study.json, results.csv, curves.csv and trials.csv, which has
 the training error of the trials; and runs.tar.xz: the folders of all runs without checkpoints, logs and TensorBoard
@@ -25,6 +25,8 @@ from matplotlib.figure import Figure
 
 from alexnet_jax.run_dir import RunDir, StudyDir
 from alexnet_jax.studies import analysis
+from experiments import summary
+from experiments.summary import markdown
 
 HERE = Path(__file__).resolve().parent
 INITIAL_WEIGHTS = {"code2012": "weights of 2012", "fan_in": "weights by fan-in"}
@@ -33,7 +35,6 @@ ERROR, METRIC = "train_eval/top1_error", "train_eval_epochs_to_25"
 LEFT_OUT = ("checkpoints", "events.out.tfevents", "report.html", "train.log", ".")  # beginnings of names
 TUNING_SEEDS = 3  # that an interval needs which includes the choice of the learning rate
 SAMPLES = 10_000
-MARKERS = ("<!-- results -->\n", "<!-- /results -->")
 
 
 class Time(NamedTuple):
@@ -158,11 +159,6 @@ def show(seeds: dict[int, Time]) -> str:
     return f"{'≥ ' * any_censored(seeds)}{mean_epochs(seeds):.1f}" if seeds else ""
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """Return a table, whose first row has the headings."""
-    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
-
-
 def table() -> str:
     """Return a row for each arm, in Markdown: its learning rate, its trials, its final runs, and ratios to ReLU."""
     headings = [
@@ -253,9 +249,7 @@ def draw(path: Path) -> None:
 
 def insert(text: str) -> str:
     """Return the text of the README with the tables."""
-    before, _, rest = text.partition(MARKERS[0])
-    tables = f"{table()}\nEpochs to 25 % of the trials, by learning rate:\n\n{rate_table()}"
-    return before + MARKERS[0] + tables + MARKERS[1] + rest.partition(MARKERS[1])[2]
+    return summary.insert(text, f"{table()}\nEpochs to 25 % of the trials, by learning rate:\n\n{rate_table()}")
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ Case = tuple[str, int, int]
 
 
 def list_cases(network: str) -> list[Case]:
-    """Return what is measured: each number of devices with the batch of one and of all, and one device with both."""
+    """Return the cases of a network: each number of devices, and one device, with the batch of one and of all."""
     batch = NETWORKS[network][0]
     pairs = {pair for count in COUNTS for pair in ((count, batch), (count, count * batch), (1, count * batch))}
     return [(network, *pair) for pair in sorted(pairs)]

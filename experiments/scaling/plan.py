@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from alexnet_jax.tools import summary
 from experiments.speed import baselines, cost
-from experiments.summary import insert
+from experiments.summary import insert, markdown
 
 HERE = Path(__file__).resolve().parent
 IMAGES, EPOCHS, CLASSES = 1_200_000, 90, 1000  # paper, sections 2 and 5
@@ -42,7 +42,7 @@ RULES: dict[str, Callable[[int], int]] = {  # images of a step on so many device
 
 
 class Device(NamedTuple):
-    """What is assumed of a kind of device; rates per second."""
+    """Assumptions about a kind of device; rates are per second."""
 
     flops: float  # published peak for the dtype, without sparsity
     bandwidth: float  # bytes, of its memory
@@ -182,10 +182,7 @@ def to_markdown(devices: dict[str, Device], table: pd.DataFrame) -> str:
         cells = {(row.device, row.devices): describe(row) for row in fastest(table, rule).itertuples()}
         lines = [[name, *(cells.get((name, count), "") for count in COUNTS)] for name in devices]
         grids.append([[rule, *map(str, COUNTS)], *lines])
-    return "\n".join(
-        "".join(f"| {' | '.join(row)} |\n" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
-        for rows in (checks, assumed, *grids)
-    )
+    return "\n".join(map(markdown, (checks, assumed, *grids)))
 
 
 def describe(row: tuple) -> str:

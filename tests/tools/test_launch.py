@@ -168,7 +168,7 @@ def test_processes_end_with_a_launcher_that_is_killed() -> None:
 
 
 def test_closed_standard_output_stops_no_process() -> None:
-    """As of `>&-`, and of `| head -1`."""
+    """Standard output is closed by `>&-`, and by `| head -1`."""
     program = "for number in range(20000): print(number)\nopen('done', 'a').write('done ')"
     with job(program, redirection=">&-") as launcher:
         assert finish(launcher) == (0, "", [])
