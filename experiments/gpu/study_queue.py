@@ -6,6 +6,8 @@ A SPEC is the rest of a command line of `python -m alexnet_jax.main`, in quotes:
 
     "--config=configs/ablation_lrn.py:cifar10 --seeds=0:10" "--config=configs/ablation_dropout.py:cifar10 --seeds=0:10"
 
+With --processes several processes share the runs of each study, because one run of a small network does not fill a GPU.
+
 Before the end the study that runs is asked to stop, and saves a checkpoint; then everything is packed into the archive
 and, beyond 16 MiB, into further ones (queue.1.tar, ...). The same command, with these archives in the same place, goes
 on, in any folder and on any machine. Archives hold no TensorBoard files, and checkpoints only of unfinished runs.
@@ -110,21 +112,27 @@ def units(study: Path) -> Iterator[list[Path]]:
             yield sorted(path for path in last.rglob("*") if path.is_file())
 
 
-def run_study(arguments: list[str], deadline: float, grace: float) -> int | None:
-    """Run a study; return its exit status, or None if it was stopped at the deadline."""
+def run_study(arguments: list[str], deadline: float, grace: float, processes: int = 1) -> int | None:
+    """Run a study in some processes; return the largest exit status, or None if they were stopped at the deadline."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    if processes > 1:  # each would take three quarters of the card's memory
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     command = [sys.executable, "-m", "alexnet_jax.main", *arguments]
-    with subprocess.Popen(command, cwd=REPOSITORY, env=environment) as process:
-        try:
-            return process.wait(max(0.0, deadline - time.monotonic()))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+    running = [subprocess.Popen(command, cwd=REPOSITORY, env=environment) for _ in range(processes)]
+    try:
+        return max(process.wait(max(0.0, deadline - time.monotonic())) for process in running)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        for process in running:
             process.terminate()  # the run that is in progress saves a checkpoint
+        stopped = time.monotonic()
+        for process in running:
             try:
-                process.wait(grace)
+                process.wait(max(0.0, stopped + grace - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
-            return None
+                process.wait()
+        return None
 
 
 def main() -> None:
@@ -135,6 +143,7 @@ def main() -> None:
     parser.add_argument(
         "--grace", type=float, default=30.0, help="seconds of them to stop and to pack in (default: 30)"
     )
+    parser.add_argument("--processes", type=int, default=1, help="that share the runs of a study (default: 1)")
     parser.add_argument("--archive", type=Path, required=True, help="the archive to resume from and to write")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder of the studies (default: runs)")
     options = parser.parse_args()
@@ -159,7 +168,7 @@ def main() -> None:
                 print(f"{name}: no time left; run the command again to resume", flush=True)
                 break
             arguments = [argument for argument in shlex.split(spec) if not argument.startswith("--workdir=")]
-            status = run_study([*arguments, f"--workdir={folder / name}"], deadline, options.grace)
+            status = run_study([*arguments, f"--workdir={folder / name}"], deadline, options.grace, options.processes)
             if status is None:
                 print(f"{name}: stopped; run the command again to resume", flush=True)
                 break
