@@ -35,6 +35,7 @@ studies: $(VENV)/installed
 notebooks: $(VENV)/installed
 	$(BIN)/python experiments/execute.py
 	$(BIN)/python experiments/figure1/figure1.py
+	$(BIN)/python experiments/gpu/table.py
 	$(BIN)/python experiments/summary.py
 	$(BIN)/python experiments/figures/towers.py
 

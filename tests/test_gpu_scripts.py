@@ -108,6 +108,30 @@ def test_jobs_are_named_by_their_first_words() -> None:
         measure.select(["ste"])
 
 
+def test_table_of_targets_is_current() -> None:
+    table = load("table")
+    text = (SCRIPTS / "README.md").read_text()
+    assert table.summary.insert(text, table.table()) == text, "run experiments/gpu/table.py"
+    names = {job.name for job in load("measure").JOBS}
+    assert all(any(f"{name} ".startswith(f"{target.job} ") for name in names) for target in table.TARGETS)
+
+
+def test_target_with_an_unmeasured_value_says_so(tmp_path: Path) -> None:
+    table = load("table")
+    header = "what,network,dtype,batch,unit,value\n"
+    row = "time over that of ours: pytorch compile,torchvision,{},128,ratio,{}\n"
+    for values, expected in (
+        ((1.5,), "not measured yet"),
+        ((1.5, 1.25), "1.50 times; 1.25 times"),
+        ((1.5, 1.25, 2.0), "2.00 times; 1.25 times"),
+    ):
+        dtypes = ("tensorfloat32", "bfloat16", "tensorfloat32")
+        rows = [row.format(dtype, value) for dtype, value in zip(dtypes, values, strict=False)]
+        (tmp_path / "results.csv").write_text(header + "".join(rows))
+        (line,) = [line for line in table.table(tmp_path / "results.csv").splitlines() if "torchvision" in line]
+        assert line.split(" | ")[2] == expected
+
+
 def test_archives_have_all_results_and_unfinished_checkpoints_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,7 @@ def loss_and_gradients(config: ConfigDict, precision: str) -> dict[str, np.ndarr
     towers, dataset = config.model.towers, support.noise_dataset(config)
     generator, shape = np.random.default_rng(0), (config.data.crop, config.data.crop, dataset.channels)
     batch = config.train.batch_size
-    pixels = (generator.integers(0, 256, (batch, *shape)) - 120.0) / np.array(config.data.std)
+    pixels = (generator.integers(0, 256, (batch, *shape)) - 120.0) / np.array(config.data.std[: dataset.channels])
     images, labels = pixels.astype(np.float32), generator.integers(0, dataset.classes, batch).astype(np.int32)
     variables = model.init(config.model, dataset.classes, shape, config.seed)
     network = model.AlexNet(config.model, dataset.classes)
