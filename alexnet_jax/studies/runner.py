@@ -309,7 +309,7 @@ def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
 
 def _run_all(runs: list[Run], request: stop.Request, extend: bool, *, wait: bool = False) -> list[Run]:
     """Run what is not finished, and return what failed; with `wait`, when runs of other processes have ended, too."""
-    failed = []
+    failed, failed_before = [], {run.name for run in runs if run.folder.failure_file.exists()}
     crashes = {run.name: run.folder.crashes for run in runs}
     for name, count in crashes.items():
         if count >= CRASHES:
@@ -324,7 +324,9 @@ def _run_all(runs: list[Run], request: stop.Request, extend: bool, *, wait: bool
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 # The operating system releases the lock of a process that ends, however it ends.
                 with filelock.FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
-                    if not _run_or_record_failure(run, extend):
+                    # What another process tried meanwhile would fail again.
+                    has_failed = run.folder.failure_file.exists() and run.name not in failed_before
+                    if has_failed or not _run_or_record_failure(run, extend):
                         failed.append(run)
             except filelock.Timeout:
                 busy.append(run)

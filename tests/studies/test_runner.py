@@ -373,6 +373,22 @@ def test_dataset_that_was_prepared_anew_is_refused(photos: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_run_that_failed_meanwhile_in_another_process_is_not_tried_again(
+    trained: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_and_evaluate = train.train_and_evaluate
+
+    def train_while_another_process_fails(*arguments: Any) -> Any:
+        write_json(StudyDir(tmp_path).run("no_lrn", 0).failure_file, {"error": "nan", "traceback": ""})
+        return train_and_evaluate(*arguments)
+
+    monkeypatch.setattr(train, "train_and_evaluate", train_while_another_process_fails)
+    (failed,) = runner.run_study(tiny_study(), tmp_path, only=["lrn", "no_lrn"])
+    assert failed.arm == "no_lrn"
+    assert [arm for arm, _ in trained] == ["lrn"]
+
+
+@pytest.mark.slow
 def test_run_that_crashed_three_times_is_left_to_the_end(
     trained: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
