@@ -60,7 +60,9 @@ def list_claims(study: Path) -> pd.DataFrame:
         objection(study, metric) or verdict for metric, verdict in zip(claims["metric"], claims["verdict"], strict=True)
     ]
     claims.insert(0, "study", study.relative_to(HERE).as_posix())
-    claims["data"] = analysis.load_study(study)["reported"]
+    reported = analysis.load_study(study)["reported"]
+    training = f"{reported.partition(', ')[0]}, training"
+    claims["data"] = [training if metric in analysis.CENSORED else reported for metric in claims["metric"]]
     return claims[claims["n"] != "0"]
 
 
@@ -81,17 +83,28 @@ def markdown(rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
+def origins(studies: list[str]) -> str:
+    """Return a table in Markdown: hours of each study's runs, from its results.csv, and machine and command."""
+    machines = pd.read_csv(HERE / "machines.csv").set_index("study")
+    rows = [["study", "hours", "machine", "command"]]
+    for study in studies:
+        hours = pd.read_csv(HERE / study / "results.csv")["seconds"].sum() / 3600
+        rows.append([study, f"{hours:.2f}", machines["machine"][study], f"`{machines['command'][study]}`"])
+    return markdown(rows)
+
+
 def tables() -> dict[Path, str]:
-    """Return the table of each README: all claims; and the first of each study that counts and is of `METRICS`."""
+    """Return the tables of each README: all claims; and the first of each folder that counts and is of `METRICS`."""
     claims = pd.concat(map(list_claims, list_studies()), ignore_index=True)
     short = claims[~claims["verdict"].str.startswith("withdrawn") & claims["metric"].isin(METRICS)]
-    short = short.groupby("study", sort=False).head(1)
+    short = short.groupby(short["study"].str.split("/").str[0], sort=False).head(1)
     short = short.assign(metric=short["metric"].map(METRICS)).drop(columns="margin")
     others = published()
     full = claims.merge(others, how="left", on=["arm", "metric"]).fillna("")
     place = list(claims).index("claim") + 1
     full = full[[*claims.columns[:place], *others.columns[2:], *claims.columns[place:]]]
-    return {HERE / "README.md": to_markdown(full, ""), HERE.parent / "README.md": to_markdown(short, "experiments/")}
+    full_text = f"{to_markdown(full, '')}\nWhere they come from:\n\n{origins(list(claims['study'].unique()))}"
+    return {HERE / "README.md": full_text, HERE.parent / "README.md": to_markdown(short, "experiments/")}
 
 
 def insert(text: str, table: str) -> str:

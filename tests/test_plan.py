@@ -35,7 +35,8 @@ def test_power_is_the_fraction_of_simulated_tests() -> None:
 def test_every_command_of_the_plan_is_a_study() -> None:
     """Runs the plan's commands in a shell in which programs print their arguments."""
     code = "".join(line for line in PLAN.read_text().splitlines(keepends=True) if line.startswith("    "))
-    stubs = 'python() { printf "%s\\0" "$@"; }; nice() { shift 2; "$@"; }; alexnet-jax() { :; }\n'
+    stubs = 'python() { printf "%s\\0" "$@"; }; nice() { shift 2; "$@"; }\n'
+    stubs += "".join(f"{program}() {{ :; }}\n" for program in ("alexnet-jax", "nvidia-cuda-mps-control", "tar"))
     printed = subprocess.run(["bash", "-c", stubs + code], capture_output=True, text=True, check=True).stdout
     specs = [argument for argument in printed.split("\0") if argument.startswith("--config=")]
     assert len(specs) >= 12
@@ -44,7 +45,7 @@ def test_every_command_of_the_plan_is_a_study() -> None:
         overrides = [flag for flag in flags if flag.startswith("--config.")]
         study = config_lib.load_study(file.removeprefix("--config="), overrides)
         only = [arm for flag in flags if flag.startswith("--only=") for arm in flag.removeprefix("--only=").split(",")]
-        assert {flag.partition("=")[0] for flag in flags if flag not in overrides} <= {"--only", "--seeds"}
+        assert {flag.partition("=")[0] for flag in flags if flag not in overrides} <= {"--only", "--seeds", "--workdir"}
         folder = PLAN.parent / "absent"
         for run in runner.plan(study, folder, only) + runner.trials(study, folder, only):
             config_lib.validate(run.config)

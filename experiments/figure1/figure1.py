@@ -3,9 +3,8 @@
     python experiments/figure1/figure1.py --runs=RUNS    # collect the runs in RUNS/figure1_*, then draw
     python experiments/figure1/figure1.py                # draw the files beside the script
 
-Beside the script are, for each choice of initial weights, study.json, results.csv, curves.csv and trials.csv, which has
-the training error of the trials; and runs.tar.xz: the folders of all runs without checkpoints, logs and TensorBoard
-files, from which the studies continue in any folder RUNS:
+Beside the script are, for each study, study.json, results.csv, curves.csv and trials.csv, which has the training error
+of the trials; and runs.tar.xz: the configs and records of all runs, from which the studies continue in any folder RUNS:
 
     tar -xf experiments/figure1/runs.tar.xz -C RUNS
 """
@@ -29,10 +28,14 @@ from experiments import summary
 from experiments.summary import markdown
 
 HERE = Path(__file__).resolve().parent
-INITIAL_WEIGHTS = {"code2012": "weights of 2012", "fan_in": "weights by fan-in"}
-LINES = {"relu": "-", "tanh": "--", "scaled_tanh": "-."}
+STUDIES = {
+    "code2012": "weights of 2012",
+    "fan_in": "weights by fan-in",
+    "code2012_5000": "weights of 2012, 5,000 images",
+}
+LINES = {"relu": "C0-", "tanh": "C1--", "scaled_tanh": "C2-."}  # colour and line of each arm
 ERROR, METRIC = "train_eval/top1_error", "train_eval_epochs_to_25"
-LEFT_OUT = ("checkpoints", "events.out.tfevents", "report.html", "train.log", ".")  # beginnings of names
+KEPT = ("config.json", "dataset.json", "metrics.jsonl", "result.json", "study.json")  # of runs and studies
 TUNING_SEEDS = 3  # that an interval needs which includes the choice of the learning rate
 SAMPLES = 10_000
 
@@ -49,7 +52,7 @@ Trials = dict[float, dict[int, Time]]  # of one arm, by learning rate and seed
 
 def collect(runs: Path) -> None:
     """Keep the files of the studies in a folder, and pack their runs."""
-    folders = {name: runs / f"figure1_{name}" for name in INITIAL_WEIGHTS if (runs / f"figure1_{name}").exists()}
+    folders = {name: runs / f"figure1_{name}" for name in STUDIES if (runs / f"figure1_{name}").exists()}
     for name, folder in folders.items():
         kept = HERE / name
         kept.mkdir(exist_ok=True)
@@ -60,9 +63,8 @@ def collect(runs: Path) -> None:
         pd.DataFrame(trial_records(folder)).to_csv(kept / "trials.csv", index=False)
     with tarfile.open(HERE / "runs.tar.xz", "w:xz") as tar:
         for folder in folders.values():
-            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-                if not any(part.startswith(LEFT_OUT) for part in file.relative_to(runs).parts):
-                    tar.add(file, file.relative_to(runs))
+            for file in sorted(path for path in folder.rglob("*.json*") if path.name in KEPT):
+                tar.add(file, file.relative_to(runs))
 
 
 def trial_records(study: Path) -> Iterator[dict[str, Any]]:
@@ -84,10 +86,10 @@ def time_of(curve: pd.DataFrame) -> Time:
 
 def trial_times(study: Path) -> dict[str, Trials]:
     """Return the time of each trial by arm."""
-    found: dict[str, Trials] = {}
+    found: dict[str, Trials] = {arm: {} for arm in LINES}
     for (arm, rate, seed), curve in pd.read_csv(study / "trials.csv").groupby(["arm", "learning_rate", "seed"]):
-        found.setdefault(arm, {}).setdefault(rate, {})[seed] = time_of(curve)
-    return found
+        found[arm].setdefault(rate, {})[seed] = time_of(curve)
+    return {arm: rates for arm, rates in found.items() if rates}
 
 
 def best_rate(trials: Trials) -> float:
@@ -134,8 +136,8 @@ def ratio_interval(
 
 
 def kept() -> dict[str, Path]:
-    """Return the folders of the studies whose files were kept, by initial weights."""
-    return {name: HERE / name for name in INITIAL_WEIGHTS if (HERE / name / "trials.csv").exists()}
+    """Return the folders of the studies whose files were kept."""
+    return {name: HERE / name for name in STUDIES if (HERE / name / "trials.csv").exists()}
 
 
 def final_curves(study: Path) -> pd.DataFrame:
@@ -162,7 +164,7 @@ def show(seeds: dict[int, Time]) -> str:
 def table() -> str:
     """Return a row for each arm, in Markdown: its learning rate, its trials, its final runs, and ratios to ReLU."""
     headings = [
-        "initial weights",
+        "study",
         "activation",
         "learning rate",
         "epochs, trials",
@@ -177,7 +179,7 @@ def table() -> str:
         best = {arm: of_arm[best_rate(of_arm)] for arm, of_arm in trials.items()}
         for arm, of_arm in trials.items():
             times = finals[arm]
-            row = [INITIAL_WEIGHTS[name], arm, f"{best_rate(of_arm):g}", show(best[arm])]
+            row = [STUDIES[name], arm, f"{best_rate(of_arm):g}", show(best[arm])]
             known = arm != "relu" and "relu" in best and not any_censored(best["relu"])
             bound = "≥ " * any_censored(best[arm])
             row.append(f"{bound}{mean_epochs(best[arm]) / mean_epochs(best['relu']):.2f}" if known else "")
@@ -195,10 +197,10 @@ def rate_table() -> str:
     """Return a row for each arm, in Markdown: the mean time of its trials at each learning rate."""
     found = {name: trial_times(study) for name, study in kept().items()}
     tried = sorted({rate for arms in found.values() for rates in arms.values() for rate in rates})
-    rows = [["initial weights", "activation", *(f"{rate:g}" for rate in tried)]]
+    rows = [["study", "activation", *(f"{rate:g}" for rate in tried)]]
     for name, arms in found.items():
         for arm, rates in arms.items():
-            rows.append([INITIAL_WEIGHTS[name], arm, *(show(rates.get(rate, {})) for rate in tried)])
+            rows.append([STUDIES[name], arm, *(show(rates.get(rate, {})) for rate in tried)])
     return markdown(rows)
 
 
@@ -206,14 +208,14 @@ def draw_curves(axes: Axes, study: Path, title: str) -> None:
     """Draw training error against epochs, as figure 1: each final run, or, of an arm without any, its best trials."""
     finals = final_curves(study)
     trials = pd.read_csv(study / "trials.csv")
-    for place, (arm, rates) in enumerate(trial_times(study).items()):
+    for arm, rates in trial_times(study).items():
         curves = finals[finals["arm"] == arm]
         label = arm
         if curves.empty:
             curves = trials[(trials["arm"] == arm) & (trials["learning_rate"] == best_rate(rates))]
             label = f"{arm} (trial)"
         for _, curve in curves.groupby("seed"):
-            axes.plot(curve["epoch"], 100 * curve[ERROR], LINES[arm], color=f"C{place}", label=label)
+            axes.plot(curve["epoch"], 100 * curve[ERROR], LINES[arm], label=label)
             label = None
     axes.axhline(100 * analysis.TARGET_ERROR, color="gray", linestyle="--", linewidth=1)
     axes.set(title=title, xlabel="epochs", ylabel="training error rate (%)", ylim=(0, 80), xlim=(0, None))
@@ -222,13 +224,13 @@ def draw_curves(axes: Axes, study: Path, title: str) -> None:
 
 def draw_rates(axes: Axes, study: Path) -> None:
     """Draw epochs to 25 % against the learning rate: a dot for each trial, a triangle for one that was censored."""
-    for place, (arm, rates) in enumerate(trial_times(study).items()):
+    for arm, rates in trial_times(study).items():
         points = sorted((rate, time) for rate, seeds in rates.items() for time in seeds.values())
         for censored, marker in ((False, "o"), (True, "^")):
             chosen = [(rate, time.epochs) for rate, time in points if time.censored == censored]
-            axes.plot(*zip(*chosen, strict=True) if chosen else ((), ()), marker, color=f"C{place}")
+            axes.plot(*zip(*chosen, strict=True) if chosen else ((), ()), LINES[arm][:2] + marker)
         means = {rate: mean_epochs(seeds) for rate, seeds in sorted(rates.items())}
-        axes.plot(list(means), list(means.values()), LINES[arm], color=f"C{place}", linewidth=1)
+        axes.plot(list(means), list(means.values()), LINES[arm], linewidth=1)
     axes.set(xscale="log", xlabel="learning rate", ylabel="epochs to 25 % (triangle: more)", ylim=(0, None))
     tried = sorted({rate for rates in trial_times(study).values() for rate in rates})
     axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
@@ -236,12 +238,12 @@ def draw_rates(axes: Axes, study: Path) -> None:
 
 
 def draw(path: Path) -> None:
-    """Draw the figure: for each choice of initial weights, the curves and beside them the learning rates."""
+    """Draw the figure: for each study, the curves and beside them the learning rates."""
     studies = kept()
     figure = Figure(figsize=(9, 3.5 * len(studies)), layout="constrained")
     grid: Any = figure.subplots(len(studies), 2, squeeze=False)
     for (name, study), (left, right) in zip(studies.items(), grid, strict=True):
-        draw_curves(left, study, INITIAL_WEIGHTS[name])
+        draw_curves(left, study, STUDIES[name])
         draw_rates(right, study)
     mpl.rcParams["svg.hashsalt"] = path.name  # the same file each time
     figure.savefig(path, metadata={"Date": None})
