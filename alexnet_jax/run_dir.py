@@ -32,6 +32,7 @@ EXTENDABLE = (
     "optim.biases.decay_factor",
 )
 # Beginnings of the names of environment variables that may change numbers.
+STUDY_FILE = "study.json"
 VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "NVIDIA_TF32_OVERRIDE", "CUBLAS_", "CUDNN_", "TF_CUDNN_", "TF_XLA_")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
@@ -133,7 +134,9 @@ class RunDir:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.name = "/".join(self.path.absolute().parts[-2:])  # such as "lrn/seed_0"
+        parts, parents = self.path.absolute().parts, self.path.absolute().parents
+        is_trial = len(parents) > 2 and (parents[2] / STUDY_FILE).exists()
+        self.name = "/".join(parts[-3:] if is_trial else parts[-2:])  # "lrn/seed_0", "lrn/learning_rate_0.01/seed_1000"
         self.config_file = self.path / "config.json"  # resuming with another config is refused
         self.dataset_file = self.path / "dataset.json"  # name, classes, sizes: for tools that run without the dataset
         self.initial_file = self.path / "initial.json"  # the weights that it started from, with train.init_from
@@ -391,7 +394,7 @@ class StudyDir:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.study_file = self.path / "study.json"  # name, arms, sizes, seeds, claims and tuned values, for the report
+        self.study_file = self.path / STUDY_FILE  # name, arms, sizes, seeds, claims and tuned values, for the report
         self.results_file = self.path / "results.csv"  # a row for each run
         self.curves_file = self.path / "curves.csv"  # a row for each logged step of each run
         self.report_file = self.path / "report.html"

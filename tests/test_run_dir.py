@@ -123,10 +123,14 @@ def test_status_follows_from_the_files(tmp_path: Path) -> None:
     assert (run.status, run.result) == ("finished", {"steps": 12})
 
 
-def test_name_of_a_relative_path_has_the_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_of_a_run_has_the_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lrn").mkdir()
     monkeypatch.chdir(tmp_path / "lrn")
     assert RunDir("seed_0").name == "lrn/seed_0"
+    study = StudyDir(tmp_path)
+    write_json(study.study_file, {})
+    assert study.run("lrn", 0).name == "lrn/seed_0"
+    assert study.trial("lrn", "optim.learning_rate", 0.01, 1000).name == "lrn/learning_rate_0.01/seed_1000"
 
 
 def test_check_accepts_a_free_folder_and_the_same_config(tmp_path: Path) -> None:
