@@ -31,8 +31,8 @@ EXTENDABLE = (
     "optim.biases.decay_epochs",
     "optim.biases.decay_factor",
 )
-# Beginnings of the names of environment variables that may change numbers.
 STUDY_FILE = "study.json"
+# Beginnings of the names of environment variables that may change numbers.
 VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "NVIDIA_TF32_OVERRIDE", "CUBLAS_", "CUDNN_", "TF_CUDNN_", "TF_XLA_")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
