@@ -69,8 +69,8 @@ def test_table_shows_censored_runs_as_bounds(figure1: ModuleType, kept: Path) ->
         "| weights of 2012 | relu | 3.0 | 2.0 |  |  |",
         "| weights of 2012 | tanh |  |  | ≥ 4.0 | 4.0 |",
     ]
-    figure1.draw(kept / "figure1.svg")
-    assert "<svg" in (kept / "figure1.svg").read_text()
+    figure1.draw()
+    assert all("<svg" in (kept / name).read_text() for name in ("figure1.svg", "curves.svg"))
 
 
 def test_trial_that_is_not_finished_is_censored(figure1: ModuleType, kept: Path) -> None:
@@ -105,12 +105,22 @@ def test_interval_includes_the_choice_of_the_rate(figure1: ModuleType) -> None:
     )
 
 
-def test_committed_tables_and_the_sentence_about_them_are_current(figure1: ModuleType) -> None:
+def test_committed_tables_and_the_sentences_about_them_are_current(figure1: ModuleType) -> None:
     text = (figure1.HERE / "README.md").read_text()
     assert figure1.insert(text) == text, "run experiments/figure1/figure1.py"
-    (row,) = [row.split("|") for row in figure1.table().splitlines() if "| tanh |" in row]
-    assert "tanh takes about twice as many epochs as ReLU" in " ".join(text.split())
-    assert "One seed chose the rates and three fresh ones were compared" in " ".join(text.split())
-    assert row[6].strip() == "3"
-    assert 1.8 < float(row[5]) < 2.3
-    assert 1.8 < float(row[9].removesuffix("times ")) < 2.3
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in figure1.table().splitlines()[2:]]
+    by_arm = {(study, arm): cells for study, arm, *cells in rows}
+    relu, tanh = (float(by_arm["weights of 2012", arm][5]) for arm in ("relu", "tanh"))
+    front_page = (REPOSITORY / "README.md").read_text()
+    assert f"ReLU is at 25 % after {relu:.0f} epochs, tanh after {tanh:.0f}]" in front_page
+    sentences = {  # study: what is said, seeds, and the ratios that it describes
+        "code2012": ("tanh takes about seven times as many epochs as ReLU", "Ten fresh seeds", "10", (6.5, 7.4)),
+        "code2012_5000": ("it takes about twice as many", "Three fresh seeds", "3", (1.8, 2.3)),
+    }
+    for study, (sentence, seeds, n, (low, high)) in sentences.items():
+        _, _, trials, found, _, _, ratio, *_ = by_arm[figure1.STUDIES[study], "tanh"]
+        assert sentence in " ".join(text.split())
+        assert f"{seeds} " in text
+        assert found == n
+        assert low < float(ratio.removesuffix(" times")) < high
+        assert low < float(trials) < high

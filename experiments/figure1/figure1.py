@@ -204,14 +204,14 @@ def rate_table() -> str:
     return markdown(rows)
 
 
-def draw_curves(axes: Axes, study: Path, title: str) -> None:
+def draw_curves(axes: Axes, study: Path, title: str = "", *, with_trials: bool = True) -> None:
     """Draw training error against epochs, as figure 1: each final run, or, of an arm without any, its best trials."""
     finals = final_curves(study)
     trials = pd.read_csv(study / "trials.csv")
     for arm, rates in trial_times(study).items():
         curves = finals[finals["arm"] == arm]
         label = arm
-        if curves.empty:
+        if curves.empty and with_trials:
             curves = trials[(trials["arm"] == arm) & (trials["learning_rate"] == best_rate(rates))]
             label = f"{arm} (trial)"
         for _, curve in curves.groupby("seed"):
@@ -237,16 +237,19 @@ def draw_rates(axes: Axes, study: Path) -> None:
     axes.set_xticks([], minor=True)
 
 
-def draw(path: Path) -> None:
-    """Draw the figure: for each study, the curves and beside them the learning rates."""
+def draw() -> None:
+    """Draw the figure, for each study the curves and beside them the learning rates; and the first curves alone."""
     studies = kept()
-    figure = Figure(figsize=(9, 3.5 * len(studies)), layout="constrained")
-    grid: Any = figure.subplots(len(studies), 2, squeeze=False)
+    whole = Figure(figsize=(9, 3.5 * len(studies)), layout="constrained")
+    grid: Any = whole.subplots(len(studies), 2, squeeze=False)
     for (name, study), (left, right) in zip(studies.items(), grid, strict=True):
         draw_curves(left, study, STUDIES[name])
         draw_rates(right, study)
-    mpl.rcParams["svg.hashsalt"] = path.name  # the same file each time
-    figure.savefig(path, metadata={"Date": None})
+    first = Figure(figsize=(5, 3), layout="constrained")
+    draw_curves(first.subplots(), next(iter(studies.values())), with_trials=False)
+    for name, figure in (("figure1.svg", whole), ("curves.svg", first)):
+        mpl.rcParams["svg.hashsalt"] = name  # the same file each time
+        figure.savefig(HERE / name, metadata={"Date": None})
 
 
 def insert(text: str) -> str:
@@ -255,13 +258,13 @@ def insert(text: str) -> str:
 
 
 def main() -> None:
-    """Collect, if there is a folder of runs, draw the figure and write the table."""
+    """Collect, if there is a folder of runs, draw the figures and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, help="folder of the studies figure1_code2012 and figure1_fan_in")
     options = parser.parse_args()
     if options.runs:
         collect(options.runs)
-    draw(HERE / "figure1.svg")
+    draw()
     readme = HERE / "README.md"
     readme.write_text(insert(readme.read_text()))
 
