@@ -99,10 +99,10 @@ def test_interval_includes_the_choice_of_the_rate(figure1: ModuleType) -> None:
     low, high = figure1.ratio_interval(unclear, finals, "tanh", "relu")
     assert low == pytest.approx(4.0)
     assert high > 5
-    assert (
-        figure1.ratio_interval({"relu": {0.003: times(2, 2)}, "tanh": {0.01: times(8, 8)}}, finals, "tanh", "relu")
-        is None
-    )
+    few = {"relu": {0.003: times(2, 2, 2)}, "tanh": {0.01: times(8, 8, 8), 0.03: times(9)}}
+    assert figure1.ratio_interval(few, finals, "tanh", "relu") == pytest.approx((4.0, 4.0))
+    few["tanh"][0.03] = times(7)  # might be the best
+    assert figure1.ratio_interval(few, finals, "tanh", "relu") is None
 
 
 def test_committed_tables_and_the_sentences_about_them_are_current(figure1: ModuleType) -> None:
@@ -124,3 +124,6 @@ def test_committed_tables_and_the_sentences_about_them_are_current(figure1: Modu
         assert found == n
         assert low < float(ratio.removesuffix(" times")) < high
         assert low < float(trials) < high
+    _, with_choice = intervals = by_arm["weights of 2012", "tanh"][7:]
+    assert with_choice
+    assert all(float(interval.split(" to ")[0]) > 6 for interval in intervals)

@@ -113,21 +113,26 @@ def ratio_interval(
     """Return the 95 % bootstrap interval of the ratio of geometric means, with the choice of the learning rates.
 
     Each sample draws tuning seeds and final seeds with replacement and chooses the learning rates anew. Final seeds ran
-    with the study's choice only: where a sample chooses another one, the times are those of the trials.
+    with the study's choice only: where a sample chooses another one, the times are those of the trials. Rates that were
+    tried with fewer than `TUNING_SEEDS` are left out.
 
     Returns:
-      None for fewer than `TUNING_SEEDS`.
+      None if a best rate is left out.
     """
-    generator, logs = np.random.default_rng(0), []
-    if any(len(seeds) < TUNING_SEEDS for name in (arm, reference) for seeds in trials[name].values()):
+    tried = {
+        name: {rate: seeds for rate, seeds in trials[name].items() if len(seeds) >= TUNING_SEEDS}
+        for name in (arm, reference)
+    }
+    if any(best_rate(trials[name]) not in rates for name, rates in tried.items()):
         return None
+    generator, logs = np.random.default_rng(0), []
     for _ in range(SAMPLES):
         means = []
-        for name in (arm, reference):
-            drawn = generator.choice(list(next(iter(trials[name].values()))), TUNING_SEEDS)
-            sampled = {rate: {i: seeds[seed] for i, seed in enumerate(drawn)} for rate, seeds in trials[name].items()}
+        for name, rates in tried.items():
+            drawn = generator.choice(list(next(iter(rates.values()))), TUNING_SEEDS)
+            sampled = {rate: {i: seeds[seed] for i, seed in enumerate(drawn)} for rate, seeds in rates.items()}
             rate = best_rate(sampled)
-            chosen = finals[name] if rate == best_rate(trials[name]) else sampled[rate]
+            chosen = finals[name] if rate == best_rate(rates) else sampled[rate]
             epochs = [time.epochs for time in chosen.values()]
             means.append(np.log(generator.choice(epochs, len(epochs))).mean())
         logs.append(means[0] - means[1])
