@@ -1,5 +1,6 @@
 """Fixtures. In the tests a CPU is two devices, one for each tower."""
 
+import gc
 import importlib
 import os
 import runpy
@@ -25,25 +26,26 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from alexnet_jax import stop
-from support import REPOSITORY, TINY, command, run_config
+from support import REPOSITORY, TESTS, TINY, command, run_config
 
 jax.config.update("jax_num_cpu_devices", 2)
+gc.set_threshold(50_000)  # tracing allocates much, and little of it is garbage: 5 % of the tests' time
 
 # The files that take longest, longest first.
 LONG_FILES = (
-    "processes",
     "parallel",
+    "processes",
     "train",
-    "notebooks",
     "networks",
-    "one_weird_trick",
-    "submit",
+    "notebooks",
     "main_job",
     "soak",
+    "one_weird_trick",
+    "model",
+    "submit",
     "gpu_scripts",
     "config",
     "layers",
-    "model",
 )
 
 SHARED_IMAGES = REPOSITORY.parent / "shared" / "prepare_data.py"
@@ -59,6 +61,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "torch" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_without_torch() -> None:
+    """Hide PyTorch from the commands that the tests run: tensorboardX would import it, which takes seconds."""
+    path = [str(TESTS / "without_torch"), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
 
 
 @pytest.fixture

@@ -174,9 +174,8 @@ def assert_equal_to_pytorch(config: ConfigDict, executor: str, torch: ModuleType
             np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-4 * largest, err_msg=f"{layer}.{part}")
 
 
-ON_DEVICES = [(name, "vmap") for name in NETWORKS] + [
-    (name, "pmap") for name in ("code2012", "caffenet", "no_crossing")
-]
+# Keras is the oracle of its tutorials. Of caffenet, also what towers communicate in a normalisation.
+ON_DEVICES = [(name, "vmap") for name in NETWORKS if not name.startswith("keras")] + [("caffenet", "pmap")]
 
 
 @pytest.mark.slow
@@ -193,7 +192,7 @@ MODERN: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("activation", "train"), [("gelu", False), ("gelu", True), ("silu", True)])
+@pytest.mark.parametrize(("activation", "train"), [("silu", False), ("gelu", True)])
 def test_modern_operations_equal_pytorch(activation: str, train: bool, torch: ModuleType) -> None:
     config = reduced("paper", **MODERN, **{"model.activation": activation})
     assert_equal_to_pytorch(config, "vmap", torch, train)

@@ -12,17 +12,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
 import pytest
 
 import job
+from alexnet_jax import config as config_lib
 from alexnet_jax import parallel, processes, train
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.parallel import Executor, make_executor
 from alexnet_jax.run_dir import RunDir, StudyDir
 from support import REPOSITORY, TESTS, assert_close, noise_setup
 
+STUDY = "configs/ablation_lrn.py"
 TERMINATED_BY_JAX = -signal.SIGABRT  # a shell's status 134
 
 
@@ -38,8 +41,8 @@ class Job:
         self.processes = []
         for number, log in enumerate(self._logs):
             flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={number}"]
-            environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": f"{REPOSITORY}:{TESTS}"}
-            environment["PYTHONUNBUFFERED"] = "1"
+            environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
+            environment["PYTHONPATH"] = f"{os.environ['PYTHONPATH']}:{REPOSITORY}:{TESTS}"
             with log.open("w") as file:
                 self.processes.append(
                     subprocess.Popen(
@@ -108,13 +111,16 @@ def assert_equal_arrays(actual: Path, expected: Path, relative: float = 0.0) -> 
 
 @pytest.mark.slow
 def test_job_computes_what_one_process_does(start: Start, tmp_path: Path) -> None:
-    """Loss, gradients (in the velocity) and parameters after steps with dropout; every image counts once; restored."""
+    """Loss, gradients (in the velocity) and parameters after steps with dropout; every image counts once; restored.
+
+    In the first job each process has a shard of the batch and both towers, in the second a shard and one tower.
+    """
     setup = noise_setup(job.job_config(), "vmap")
     state = job.train_steps(setup)
     job.save_arrays(tmp_path / "state.npz", state)
     job.save_arrays(tmp_path / "outcomes.npz", job.evaluate_images(setup, state))
-    first = tmp_path / "2x1"
-    for count, devices in ((2, 1), (2, 2), (4, 1), (1, 8)):
+    first = tmp_path / "2x2"
+    for count, devices in ((2, 2), (4, 1)):
         folder = tmp_path / f"{count}x{devices}"
         folder.mkdir()
         restore = [] if folder == first else [f"--restore={first}"]
@@ -134,13 +140,16 @@ def test_job_computes_what_one_process_does(start: Start, tmp_path: Path) -> Non
         assert_equal_arrays(tmp_path / f"{name}.npz", first / "state.npz")
 
 
-def study_command(folder: Path, *flags: str, epochs: float = 1.2) -> list[str]:
-    """Return the command line of a study of small runs, of 600 steps with a checkpoint after each 200."""
-    changes = job.CHANGES | {"train.epochs": epochs, "train.log_every": 10, "train.checkpoint_every": 200}
-    changes["eval.every_epochs"] = 1.0
-    overrides = [f"--config.{key}={value}" for key, value in changes.items()]
-    study = ["--config=configs/ablation_lrn.py", "--only=lrn", f"--workdir={folder}"]
-    return ["-m", "alexnet_jax", "run", *study, *overrides, *flags]
+def study_overrides(epochs: float) -> list[str]:
+    """Return the flags that make a study's runs small, with a checkpoint after each 100 of 500 steps an epoch."""
+    changes = job.CHANGES | {"train.epochs": epochs, "train.log_every": 10, "train.checkpoint_every": 100}
+    return [f"--config.{key}={value}" for key, value in (changes | {"eval.every_epochs": 1.0}).items()]
+
+
+def study_command(folder: Path, *flags: str, epochs: float = 0.8) -> list[str]:
+    """Return the command line of a study of small runs."""
+    study = [f"--config={STUDY}", "--only=lrn", f"--workdir={folder}"]
+    return ["-m", "alexnet_jax", "run", *study, *study_overrides(epochs), *flags]
 
 
 def curve(run: RunDir) -> list[dict[str, float]]:
@@ -165,8 +174,7 @@ def test_interrupted_jobs_resume_with_any_number_of_processes(start: Start, tmp_
     steps = {re.search(r"stopped at step (\d+)", stopped.log(number))[1] for number in (0, 1)}  # type: ignore[index]
     assert steps == {str(steps_on_disk(run)[-1])}
 
-    straight = start(study_command(tmp_path / "straight", "--seeds=0:1"), 1, 2)
-    for lost, saved in ((1, 200), (0, 400)):
+    for lost, saved in ((1, 100), (0, 200)):
         job = start(command, 2, 1)
         job.wait_for(f"step {saved + 10}/")
         job.processes[lost].kill()
@@ -178,32 +186,39 @@ def test_interrupted_jobs_resume_with_any_number_of_processes(start: Start, tmp_
         assert "another task died" in job.log(1 - lost)
         assert run.status == "unfinished"
 
-    assert start(command, 1, 2).statuses() == [0]
-    assert straight.statuses() == [0]
-    actual, expected = curve(run), curve(StudyDir(tmp_path / "straight").run("lrn", 0))
+    straight = RunDir(tmp_path / "straight")
+    config = config_lib.run_config(config_lib.load_study(STUDY, study_overrides(0.8)), "lrn", 0)
+    for each in (run, straight):  # in this process, which has two devices
+        train.train_and_evaluate(config, each.path)
+    assert re.search("from step [23]00 to 400", run.log_file.read_text())  # 300: it was killed late
+    actual, expected = curve(run), curve(straight)
     assert [line["step"] for line in actual] == [line["step"] for line in expected]
     for line, other in zip(actual, expected, strict=True):
         assert line == pytest.approx(other, rel=1e-3)
 
 
 @pytest.mark.slow
-def test_launched_jobs_share_the_folder_of_a_study(start: Start, tmp_path: Path) -> None:
-    """Two jobs and both seeds: every run is trained once, and process 0 alone writes."""
-    _, _, *run_verb = study_command(tmp_path / "study", "--seeds=0:2", epochs=0.1)
-    launch = ["-m", "alexnet_jax", "launch", "--processes=2", "--devices=1", "--", *run_verb]
-    jobs = [start(launch, 1, 1) for _ in range(2)]
-    assert [each.statuses() for each in jobs] == [[0], [0]]
-    logs = [each.log(0) for each in jobs]
-    for seed in (0, 1):
-        run = StudyDir(tmp_path / "study").run("lrn", seed)
-        assert run.status == "finished"
-        assert [line["step"] for line in curve(run)] == [10, 20, 30, 40, 50, 50]
-        begins = f"lrn/seed_{seed}: shard_map on cpu:0, cpu:2048: from step 0 to 50"
-        assert sorted(log.count(f"0: {begins}") for log in logs) == [0, 1]
-        assert not any(f"1: {begins}" in log for log in logs)
-        environment = run.read_environment()
-        assert environment is not None
-        assert environment["processes"] == 2
+def test_launched_job_trains_what_no_other_job_does(start: Start, tmp_path: Path) -> None:
+    """It passes over a run whose lock is held, and holds the lock of its own; process 0 alone writes."""
+    study = StudyDir(tmp_path / "study")
+    runs = [study.run("lrn", seed) for seed in (0, 1)]
+    locks = [filelock.FileLock(run.path.parent / f".{run.path.name}.lock", timeout=0) for run in runs]
+    _, _, *run_verb = study_command(study.path, "--seeds=0:2", epochs=0.1)
+    runs[0].path.parent.mkdir(parents=True)
+    with locks[0]:
+        job = start(["-m", "alexnet_jax", "launch", "--processes=2", "--devices=1", "--", *run_verb], 1, 1)
+        begins = "lrn/seed_1: shard_map on cpu:0, cpu:2048: from step 0 to 50"
+        job.wait_for(f"0: {begins}")
+        with pytest.raises(filelock.Timeout):
+            locks[1].acquire()
+        assert job.statuses() == [0]
+    assert "being run by another process: lrn, seed 0" in job.log(0)
+    assert f"1: {begins}" not in job.log(0)
+    assert [run.status for run in runs] == ["not started", "finished"]
+    assert [line["step"] for line in curve(runs[1])] == [10, 20, 30, 40, 50, 50]
+    environment = runs[1].read_environment()
+    assert environment is not None
+    assert environment["processes"] == 2
 
 
 @pytest.mark.slow

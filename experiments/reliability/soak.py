@@ -64,7 +64,7 @@ def start(workdir: Path, values: dict[str, Any], *arguments: str) -> subprocess.
     """Start the command of a study in a process of its own; its output goes to a file beside the study's folder."""
     command = [sys.executable, "-m", "alexnet_jax", "run", "--config=configs/base.py:embedded", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in values.items()]
-    variables = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    variables = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
     with Path(f"{workdir}.out").open("ab") as output:
         return subprocess.Popen([*command, *arguments], cwd=REPOSITORY, env=variables, stdout=output, stderr=output)
 
@@ -205,8 +205,8 @@ def kill(folder: Path, options: argparse.Namespace) -> Scenario:
             kills += 1
             process.wait()
             print(f"kill {kills}: after {log_lines(run)} lines of the log", flush=True)
-        process.wait(PATIENCE)
-        finish(workdir, whole.values)
+        if process.wait(PATIENCE):
+            finish(workdir, whole.values)
         wrong = differences(whole.run, run)
         yield wrong
         if kills >= options.count:

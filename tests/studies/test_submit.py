@@ -201,8 +201,13 @@ def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> Any:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the process of a job in /proc")
 def test_interrupted_job_is_requeued_and_resumes(tmp_path: Path) -> None:
     """One of two jobs is told that it is out of time, in the middle of training, as Slurm tells it."""
-    steps = 1000
-    tiny = TINY | {"train.epochs": 1, "train.checkpoint_every": steps, "train.log_every": 10, "eval.every_epochs": 1.0}
+    steps = 600
+    tiny = TINY | {
+        "train.epochs": 0.6,
+        "train.checkpoint_every": steps,
+        "train.log_every": 10,
+        "eval.every_epochs": 1.0,
+    }
     tiny["model.order"] = ("conv1", "conv3", "fc8")  # compiles faster
     flags = [*(f"--config.{key}={value}" for key, value in tiny.items()), f"--workdir={tmp_path / 'study'}"]
     run = [sys.executable, "-m", "alexnet_jax", "run", "--config=configs/ablation_lrn.py", "--only=lrn,no_lrn"]
