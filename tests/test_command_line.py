@@ -202,6 +202,7 @@ main()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("default_handlers")
 def test_ctrl_c_in_prepare_ends_in_a_word_and_makes_nothing(photos: Path, tmp_path: Path) -> None:
     (done,) = commands(tmp_path, ("-c", INTERRUPTED, "prepare", str(photos), "--data_dir=sets", "--size=32"))
     assert done.returncode != 0
