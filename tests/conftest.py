@@ -29,7 +29,7 @@ from alexnet_jax import stop
 from support import REPOSITORY, TESTS, TINY, command, run_config
 
 jax.config.update("jax_num_cpu_devices", 2)
-gc.set_threshold(50_000)  # tracing allocates much, and little of it is garbage: 5 % of the tests' time
+gc.set_threshold(50_000)  # tracing allocates much, and little of it is garbage
 
 # The files that take longest, longest first.
 LONG_FILES = (
