@@ -134,9 +134,6 @@ class RunDir:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        parts, parents = self.path.absolute().parts, self.path.absolute().parents
-        is_trial = len(parents) > 2 and (parents[2] / STUDY_FILE).exists()
-        self.name = "/".join(parts[-3:] if is_trial else parts[-2:])  # "lrn/seed_0", "lrn/learning_rate_0.01/seed_1000"
         self.config_file = self.path / "config.json"  # resuming with another config is refused
         self.dataset_file = self.path / "dataset.json"  # name, classes, sizes: for tools that run without the dataset
         self.initial_file = self.path / "initial.json"  # the weights that it started from, with train.init_from
@@ -151,6 +148,13 @@ class RunDir:
         self.failure_file = self.path / "failure.json"  # the error that ended a failed run
         self.starts_file = self.path / "starts.json"  # the number of starts since the last end that was no crash
         self.checkpoints = self.path / "checkpoints"
+
+    @property
+    def name(self) -> str:
+        """The run within its study, such as "lrn/seed_0"; of a tuning run "lrn/learning_rate_0.01/seed_1000"."""
+        path = self.path.absolute()
+        is_trial = len(path.parents) > 2 and (path.parents[2] / STUDY_FILE).exists()
+        return "/".join(path.parts[-3:] if is_trial else path.parts[-2:])
 
     @property
     def result(self) -> dict[str, Any] | None:

@@ -89,7 +89,7 @@ def origins(studies: list[str]) -> str:
     rows = [["study", "hours", "machine", "command"]]
     for study in studies:
         hours = pd.read_csv(HERE / study / "results.csv")["seconds"].sum() / 3600
-        rows.append([study, f"{hours:.2f}", machines["machine"][study], f"`{machines['command'][study]}`"])
+        rows.append([study, f"{hours:.2f}", *machines.loc[study, ["machine", "command"]]])
     return markdown(rows)
 
 

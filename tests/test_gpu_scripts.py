@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
@@ -130,6 +130,25 @@ def test_target_with_an_unmeasured_value_says_so(tmp_path: Path) -> None:
         (tmp_path / "results.csv").write_text(header + "".join(rows))
         (line,) = [line for line in table.table(tmp_path / "results.csv").splitlines() if "torchvision" in line]
         assert line.split(" | ")[2] == expected
+
+
+def test_largest_value_of_any_network_is_shown(tmp_path: Path) -> None:
+    """The same network may be there twice, at full size and with few features."""
+    table = load("table")
+    whats = (table.LOSS, table.GRADIENTS, table.WORST)
+    rows = [f'"{what}",paper,float32,,ratio,{value}' for value in (0.5, 0.125) for what in whats]
+    (tmp_path / "results.csv").write_text("\n".join(["what,network,dtype,batch,unit,value", *rows]))
+    assert "5.0e-01 and 5.00e-01; worst parameter 5.0e-01" in table.table(tmp_path / "results.csv")
+
+
+@pytest.mark.parametrize(("statuses", "expected"), [((0, 0), 0), ((0, -9), -9), ((1, 0), 1)])
+def test_study_fails_if_one_of_its_processes_does(
+    statuses: tuple[int, ...], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed process has a negative status."""
+    study_queue, ends = load("study_queue"), iter(statuses)
+    monkeypatch.setattr(study_queue.subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=lambda _: next(ends)))
+    assert study_queue.run_study([], time.monotonic() + 60, grace=1, processes=2) == expected
 
 
 def test_archives_have_all_results_and_unfinished_checkpoints_alone(

@@ -91,7 +91,8 @@ def right(context: Context, what: str, first: str = "0", stop: str = "0") -> Non
         with subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}) as reference:
             for name in names:
                 for precision in precisions:
-                    labels = {"network": name, "dtype": precision}
+                    size = "" if what == "paper" else ", few features"
+                    labels = {"network": f"{name}{size}", "dtype": precision}
                     with context.attempt("difference to the CPU", **labels):
                         actual = loss_and_gradients(right_config(context, what, name), precision)
                         while not (file := Path(folder, f"{name}.npz")).exists():

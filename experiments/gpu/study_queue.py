@@ -113,7 +113,7 @@ def units(study: Path) -> Iterator[list[Path]]:
 
 
 def run_study(arguments: list[str], deadline: float, grace: float, processes: int = 1) -> int | None:
-    """Run a study in some processes; return the largest exit status, or None if they were stopped at the deadline."""
+    """Run a study; return the exit status of a process that failed, or 0; None if it was stopped at the deadline."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     if processes > 1:  # each would take three quarters of the card's memory
@@ -121,7 +121,8 @@ def run_study(arguments: list[str], deadline: float, grace: float, processes: in
     command = [sys.executable, "-m", "alexnet_jax.main", *arguments]
     running = [subprocess.Popen(command, cwd=REPOSITORY, env=environment) for _ in range(processes)]
     try:
-        return max(process.wait(max(0.0, deadline - time.monotonic())) for process in running)
+        statuses = [process.wait(max(0.0, deadline - time.monotonic())) for process in running]
+        return next(filter(None, statuses), 0)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         for process in running:
             process.terminate()  # the run that is in progress saves a checkpoint

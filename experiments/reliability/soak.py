@@ -64,7 +64,8 @@ def start(workdir: Path, values: dict[str, Any], *arguments: str) -> subprocess.
     """Start the command of a study in a process of its own; its output goes to a file beside the study's folder."""
     command = [sys.executable, "-m", "alexnet_jax", "run", "--config=configs/base.py:embedded", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in values.items()]
-    variables = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    variables = os.environ | {"PYTHONPATH": path}
     with Path(f"{workdir}.out").open("ab") as output:
         return subprocess.Popen([*command, *arguments], cwd=REPOSITORY, env=variables, stdout=output, stderr=output)
 
