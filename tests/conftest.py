@@ -103,7 +103,7 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[
     folder = tmp_path_factory.mktemp("runs") / "ablation_lrn"
 
     def run() -> subprocess.CompletedProcess[str]:
-        less = ("--only=lrn,no_lrn", "--seeds=0:2", "--config.train.epochs=1")
+        less = ("--only=lrn,no_lrn", "--seeds=0:2", "--config.train.epochs=0.2")  # 100 steps
         return command("alexnet_jax.main", "--config=configs/ablation_lrn.py", *less, f"--workdir={folder}")
 
     first = run()

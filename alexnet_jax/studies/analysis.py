@@ -5,14 +5,13 @@ neither JAX nor the model, so it works wherever the files are.
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from alexnet_jax.run_dir import DamagedFileError, RunDir, StudyDir
 
@@ -102,10 +101,8 @@ def mean_and_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, f
     """Return the mean and its two-sided confidence interval (Student's t), which is NaN for fewer than two values."""
     if len(values) < 2:
         return float(values.sum()) if len(values) else np.nan, np.nan, np.nan
-    with warnings.catch_warnings():  # of equal values, whose interval has no width, SciPy warns
-        warnings.simplefilter("ignore", RuntimeWarning)
-        interval = stats.ttest_1samp(values, 0).confidence_interval(level)
-    return float(values.mean()), float(interval.low), float(interval.high)
+    half = special.stdtrit(len(values) - 1, (1 + level) / 2) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
 def paired_effects(runs: pd.DataFrame, arm: str, metric: str, *, ratio: bool = False) -> np.ndarray:

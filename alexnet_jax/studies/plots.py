@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from alexnet_jax.studies.analysis import AT_LEAST, AT_MOST, TARGET_ERROR, compare, is_fraction
 
@@ -53,12 +54,17 @@ def plot_effects(effects: pd.DataFrame) -> Figure:
 
 def plot_curves(curves: pd.DataFrame, metric: str, *, log: bool = False) -> Figure:
     """Plot a metric against epochs: a line for each arm's mean over seeds, a band from the lowest to the highest."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
     axes = figure.add_subplot()
     for arm, by_epoch in _by_epoch(curves, metric):
         (line,) = axes.plot(by_epoch.index, by_epoch["mean"], label=arm, marker="." if len(by_epoch) < 20 else "")
         axes.fill_between(by_epoch.index, by_epoch["min"], by_epoch["max"], color=line.get_color(), alpha=0.2, lw=0)
-    axes.set(xlabel="epoch", ylabel=_label(metric), yscale="log" if log else "linear")
+    axes.set(xlabel="epoch", ylabel=_label(metric))
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     if axes.lines:
         _add_legend(axes)
@@ -67,7 +73,7 @@ def plot_curves(curves: pd.DataFrame, metric: str, *, log: bool = False) -> Figu
 
 def plot_figure_1(curves: pd.DataFrame) -> Figure:
     """Plot the paper's figure 1: training error against epochs, the first arm solid, the others dashed, 25 % dotted."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
     axes = figure.add_subplot()
     for place, (arm, by_epoch) in enumerate(_by_epoch(curves, "train/top1_error")):
         axes.plot(by_epoch.index, by_epoch["mean"], label=arm, linestyle="-" if place == 0 else "--", color=f"C{place}")
