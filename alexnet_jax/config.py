@@ -36,6 +36,7 @@ SCHEDULES = ("step", "cosine")
 MATMUL_PRECISIONS = ("default", "tensorfloat32", "float32")
 SUBTRACT = ("mean_image", "central_mean_image", "mean_pixel", "mean")
 
+_CHOICES_BY_ARM = "tuning.choices_by_arm."  # before the name of an arm
 
 # Fields that may change when a run is resumed: they decide how it is computed and recorded, and not what it learns.
 # Other executors, layouts and steps in one program round otherwise.
@@ -141,9 +142,13 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-    """Return the run config that `as_json` made nested dictionaries of; raise ValueError for those of version 0.1.
+    """Return the run config that `as_json` made nested dictionaries of.
 
-    Fields of `FREE` that an earlier version did not have get their defaults.
+    Fields that an earlier version did not have get their defaults.
+
+    Raises:
+      ValueError: the config is of version 0.1, whose fields have other names.
+      KeyError, AttributeError, TypeError: a section is missing, or is none.
     """
     from alexnet_jax.configs import base  # which imports this module
 
@@ -152,15 +157,19 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
             return {key: tuples(inner) for key, inner in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    config = ConfigDict(tuples(values))
-    if any("crosses" in layer for layer in config.model.layers.values()):
+    nested = tuples(values)
+    if any("crosses" in layer for layer in nested["model"]["layers"].values()):
         raise ValueError(
             "the config is of alexnet_jax 0.1, whose fields have other names; use that version or train again"
         )
-    defaults = base.get_config()
-    for section, field in (key.split(".") for key in FREE):
-        if field not in getattr(config, section):
-            config[section][field] = defaults[section][field]
+    for key, default in flatten(base.get_config()).items():
+        *sections, field = key.split(".")
+        if sections and sections[0] in SECTIONS and sections[:2] != ["model", "layers"]:
+            inner = nested[sections[0]]
+            for section in sections[1:]:
+                inner = inner.setdefault(section, {})
+            inner.setdefault(field, default)
+    config = ConfigDict(nested)
     config.lock()
     return config
 
@@ -191,7 +200,8 @@ def apply_changes(config: ConfigDict, changes: ConfigDict | Mapping[str, Any]) -
     for key, value in flatten(changes).items():
         require_key(config, key)
         try:
-            config.update_from_flattened_dict({key: _field(key).checked(key, value)})
+            with config.unlocked():  # `tuning.choices_by_arm` has a field for each arm that is named
+                config.update_from_flattened_dict({key: _field(key).checked(key, value)})
         except TypeError as error:  # a field that the base config does not have
             raise ValueError(f"{key}={value!r}: must have the type of the default; {error}") from None
 
@@ -199,7 +209,7 @@ def apply_changes(config: ConfigDict, changes: ConfigDict | Mapping[str, Any]) -
 def require_key(config: ConfigDict, key: str) -> None:
     """Raise ValueError, with the nearest keys, if a config has no field of this dotted key."""
     keys = list(flatten(config))
-    if key not in keys:
+    if key not in keys and not (key.startswith(_CHOICES_BY_ARM) and "tuning" in config):
         nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0) + difflib.get_close_matches(key, keys)[1:]
         raise ValueError(f"unknown config key {key!r}; did you mean {' or '.join(nearest)}?")
 
@@ -309,6 +319,8 @@ def _fields() -> dict[str, _Field]:
 
 def _general(key: str) -> str:
     """Return the key of a field in `_fields`; an arm's changes have the keys of what they change."""
+    if key.startswith(_CHOICES_BY_ARM):
+        return "tuning.choices"
     return re.sub(r"^model\.layers\.[^.]+", "model.layers.*", re.sub(r"^arms\.[^.]+\.", "", key))
 
 
@@ -341,7 +353,7 @@ def _or_none(rule: _Rule) -> _Rule:
     return _Rule(lambda value: value is None or rule.holds(value), f"None or {rule.text}")
 
 
-_EPOCHS = _Rule(lambda value: 0 <= value <= 100_000, "from 0 to 100000")  # so that a run's steps are an int32
+_EPOCHS = _Rule(lambda value: 0 <= value <= 100_000, "from 0 to 100000")
 _ASCENDING = _Rule(
     lambda values: list(values) == sorted(set(values)) and all(map(_EPOCHS.holds, values)),
     "ascending, each from 0 to 100000",

@@ -192,7 +192,7 @@ def evaluate_runs(
     for name, network in networks.items():
         config = network.config.copy_and_resolve_references()
         config.eval.views = common.eval.views
-        executor = make_executor(config.train.executor, config.model.towers, common.eval.batch_size)
+        executor = make_executor("auto", config.model.towers, common.eval.batch_size)
         variables, statistics = executor.place(network.variables), executor.replicate(network.known_statistics())
         predictor = make_predictor(config, network.classes, executor)
         predictions[name] = functools.partial(predictor, variables, statistics)

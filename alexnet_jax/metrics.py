@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +27,7 @@ with epy.lazy_imports():  # it imports PyTorch where that is installed, which ta
     import tensorboardX
 
 TOLERABLE_WAIT = 0.1  # fraction of the training time
-COMPILING_STEPS = 2  # first steps of a run, which a profile leaves out
+COMPILING_SPANS = 2  # first spans of steps of a run, which a profile leaves out
 
 # Charts of all runs together, in TensorBoard's custom scalars tab.
 LAYOUT = {
@@ -214,15 +214,20 @@ class MetricWriter:
             self._events.add(summary)
 
 
-def profiled(batches: Iterator[Batch], steps: int, folder: Path) -> Iterator[Batch]:
-    """Yield the same batches, and profile `steps` of them, after `COMPILING_STEPS`, for TensorBoard and Perfetto."""
+def profiled(spans: Iterable[range], batches: Iterable[Any], steps: int, folder: Path) -> Iterator[tuple[range, Any]]:
+    """Yield each span of steps with its batch; profile `steps` steps or a few more, for TensorBoard and Perfetto.
+
+    The profile begins after `COMPILING_SPANS` and ends with a span.
+    """
+    first = None
     with contextlib.ExitStack() as recording:
-        for number, batch in enumerate(batches):
-            if number == COMPILING_STEPS and steps:
+        for number, (span, batch) in enumerate(zip(spans, batches, strict=True)):
+            if number == COMPILING_SPANS and steps:
+                first = span.start
                 recording.enter_context(jax.profiler.trace(folder, create_perfetto_trace=True))
-            if number == COMPILING_STEPS + steps:
+            if first is not None and span.start >= first + steps:
                 recording.close()
-            yield batch
+            yield span, batch
 
 
 class Timer:
@@ -251,7 +256,7 @@ class Timer:
             yield batch
 
     def begin(self, steps: int, state: Any) -> None:
-        """Call it before steps are dispatched together: the first time that they are so many, they are not timed."""
+        """Call it before steps are dispatched together; the first dispatch of each length compiles and is not timed."""
         if steps in self._lengths:
             return
         self._lengths.add(steps)

@@ -67,13 +67,13 @@ class AlexNet(nn.Module):
         if self.start == 0 or name != self.config.order[self.start]:
             return self._gather(name, x) if sees_all else x
         if sees_all:
-            return _interleave(lax.all_gather(x, self.tower_axis, axis=1, tiled=True))
+            return _join_towers(lax.all_gather(x, self.tower_axis, axis=1, tiled=True))
         return lax.all_to_all(x, self.tower_axis, split_axis=0, concat_axis=1, tiled=True)[0]
 
     def _gather(self, name: str, x: jax.Array) -> jax.Array:
         """Concatenate the channels (last axis) of all towers, for the named layer."""
         self.sow("intermediates", f"{name}_sent", x)
-        return _interleave(lax.all_gather(x, self.tower_axis))  # tiled=True would transpose x before and after
+        return _join_towers(lax.all_gather(x, self.tower_axis))  # tiled=True would transpose x before and after
 
     def _weights(self, name: str, x: jax.Array) -> jax.Array:
         """Apply the convolution or dense layer: this tower's part of its features."""
@@ -140,6 +140,11 @@ class AlexNet(nn.Module):
         if lrn.sees == "own":
             return normalise(x)
         axis, channels, before, after = self.tower_axis, x.shape[-1], lrn.n // 2, (lrn.n - 1) // 2
+        if before > channels:
+            raise ValueError(
+                f"model.lrn.n={lrn.n}: must be at most {2 * channels + 1} with model.lrn.sees=all, as {name} has "
+                f"{channels} features in each tower, which sees no further than its neighbours"
+            )
         towers, tower = lax.axis_size(axis), lax.axis_index(axis)
         last, first = x[..., channels - before :], x[..., :after]
         self.sow("intermediates", f"{name}_lrn_sent", last)
@@ -150,7 +155,7 @@ class AlexNet(nn.Module):
         return normalise(jnp.concatenate([left, x, right], axis=-1))[..., before : before + channels]
 
 
-def _interleave(x: jax.Array) -> jax.Array:
+def _join_towers(x: jax.Array) -> jax.Array:
     """Concatenate the channels of all towers: (towers, ..., channels) to (..., towers * channels)."""
     return jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
 

@@ -146,7 +146,7 @@ def _schedule(config: ConfigDict, rule: _Rule, steps_per_epoch: float, steps: in
     """Return the learning rate as a function of the step, counted from 0."""
 
     def first_step(epoch: float) -> int:
-        return round(epoch * steps_per_epoch)
+        return min(round(epoch * steps_per_epoch), 2**31 - 1)  # steps are counted in int32
 
     warmup = first_step(config.warmup_epochs)
     if config.schedule == "cosine":

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alexnet_jax import __version__
-from alexnet_jax.config import FREE, flatten, from_json
+from alexnet_jax.config import FREE, as_json, flatten, from_json
 
 T = TypeVar("T")
 # Fields that may change when a finished run is extended: its length, and its learning rates.
@@ -218,7 +218,7 @@ class RunDir:
         values = read_json(self.config_file, rule)
         try:
             return None if values is None else from_json(values)
-        except (AttributeError, TypeError):  # a section that the config of every version has is missing
+        except (KeyError, AttributeError, TypeError):  # a section that the config of every version has is missing
             raise DamagedFileError(f"{self.config_file}: must be {rule}") from None
         except ValueError as error:
             raise ValueError(f"{self.config_file}: {error}") from None
@@ -237,12 +237,11 @@ class RunDir:
 
     def check_metrics(self) -> None:
         """Check that the logged metrics are there, to the end of a finished run; raise DamagedFileError if not."""
-        metrics = self.metrics()
-        steps = self.result["steps"] if self.result is not None else None
-        if steps is not None and (not metrics or metrics[-1]["step"] != steps):
+        metrics, result = self.metrics(), self.result
+        if result is not None and (not metrics or metrics[-1]["step"] != result["steps"]):
             raise DamagedFileError(
-                f"{self.metrics_file}: must end with step {steps}, as {self.result_file.name} does; delete the run's "
-                "folder to train it again"
+                f"{self.metrics_file}: must end with step {result['steps']}, as {self.result_file.name} does; delete "
+                "the run's folder to train it again"
             )
 
     def read_environment(self) -> dict[str, Any] | None:
@@ -295,7 +294,7 @@ class RunDir:
         return sentences + [f"{path}: could not be read, and was set aside; delete it" for path in aside]
 
     def check(self, config: dict[str, Any], *, extend: bool = False) -> None:
-        """Check that the folder is free for a config, as from `config.as_json`, or belongs to one that learns the same.
+        """Check that the folder has no run, or one of an equivalent config; the config is as from `config.as_json`.
 
         Args:
           extend: whether the config may also be one that `extend` takes.
@@ -305,7 +304,6 @@ class RunDir:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path}: must be a folder, and is a file; choose another --workdir")
-        self.read_config()
         changed = self._changes(config)
         extends = self._extends(changed)
         if changed and not (extend and extends):
@@ -318,9 +316,9 @@ class RunDir:
             raise ValueError(f"{self.path} holds a run of another config ({'; '.join(changes)}): {remedy}")
 
     def extend(self, config: dict[str, Any]) -> None:
-        """Make a finished run of fewer epochs an interrupted run of a config, and record what changed.
+        """Turn a finished run into an unfinished one of a config with more epochs, and record what changed.
 
-        A crash on the way changes nothing that the next call does not mend. Do nothing if the config is the run's.
+        It is safe to repeat after a crash. Do nothing if the config is the run's.
         """
         changed = self._changes(config)
         if not changed:
@@ -346,8 +344,9 @@ class RunDir:
         return (read_json(self.extended_file, "an object with extensions", valid) or {"extensions": []})["extensions"]
 
     def _changes(self, config: dict[str, Any]) -> dict[str, list[Any]]:
-        """Return the old and the new value of each field in which the run learns otherwise than with a config."""
-        old, new = flatten(read_json(self.config_file) or config), flatten(config)
+        """Return old and new value of each field, but those of `FREE`, in which the run differs from a config."""
+        stored = self.read_config()
+        old, new = flatten(config if stored is None else as_json(stored)), flatten(config)
         changed = [key for key in sorted(old | new) if key not in FREE and old.get(key) != new.get(key)]
         return {key: [old.get(key), new.get(key)] for key in changed}
 
@@ -362,10 +361,10 @@ class RunDir:
     def crashes(self) -> int:
         """The number of starts in a row that ended in a crash of the process."""
 
-        def read(run: RunDir) -> dict[str, Any] | None:
-            return read_json(run.starts_file, valid=lambda values: isinstance(values["starts"], int))
+        def valid(values: dict[str, Any]) -> bool:
+            return isinstance(values["starts"], int)
 
-        starts = self.undamaged(read)
+        starts = self.undamaged(lambda run: read_json(run.starts_file, valid=valid))
         return starts["starts"] if starts else 0
 
     def check_dataset(self, metadata: dict[str, Any]) -> None:

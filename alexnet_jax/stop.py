@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FORCED_AFTER = 1.0  # seconds; an earlier second signal belongs to the first one, as of a terminal and its parent
+FORCED_AFTER = (
+    1.0  # seconds; signals that are closer together are one request: a terminal and a parent may both send it
+)
 
 
 class Stopped(KeyboardInterrupt):

@@ -279,7 +279,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str, labels: dict[str
     setup = open_run(config)
     run.check_dataset(setup.dataset.metadata(config.data))
     weights.check_initial(run, config, setup.dataset)
-    setup = _keep_in_memory(setup)
+    in_memory = keep_in_memory(setup.dataset, config.data, setup.executor)
+    setup = dataclasses.replace(setup, dataset=in_memory)
     with processes.first_alone("statistics"):
         measured = statistics.load_or_measure(run.statistics_file, setup.dataset, config.data)
     with contextlib.ExitStack() as stack:
@@ -315,8 +316,8 @@ def _train(
             timer = Timer(progress)
             outcomes: dict[str, Outcomes] = {}
             train_steps, spans, batches = _dispatch(setup, progress.step)
-            batches = profiled(timer.waiting(batches), config.train.profile, records.path)
-            for span, batch in zip(spans, batches, strict=True):
+            batches = timer.waiting(batches)
+            for span, batch in profiled(spans, batches, config.train.profile, records.path):
                 if _reached_error(config, progress):
                     break
                 timer.begin(len(span), state)
@@ -375,12 +376,6 @@ def _reached_error(config: ConfigDict, progress: Progress) -> bool:
     """Return whether the last evaluation of the training images ends the run (`train.stop_at_error`)."""
     error = config.train.stop_at_error
     return error is not None and progress.metrics.get("train_eval/top1_error", np.inf) <= error
-
-
-def _keep_in_memory(setup: Setup) -> Setup:
-    """Decode the images, if they may stay in memory."""
-    dataset = keep_in_memory(setup.dataset, setup.config.data, setup.executor)
-    return dataclasses.replace(setup, dataset=dataset)
 
 
 def _dispatch(setup: Setup, start: int) -> tuple[Callable[..., State], list[range], Iterator[Any]]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ def from_grouped(config: ConfigDict, params: Params) -> TrainedNetwork:
     """Invert `grouped`; pad the last layer's outputs with zeros to a multiple of the towers."""
     head = config.model.order[-1]
     variables = {"params": _split(params, config.model.towers)}
-    return TrainedNetwork(config, params[head][BIAS].size, variables, None)
+    return TrainedNetwork(config, params[head][BIAS].size, variables)
 
 
 def _join(tree: Any) -> Any:
@@ -117,10 +117,20 @@ class Torchvision:
 
 
 def load_network(source: Path, config: ConfigDict | None) -> TrainedNetwork:
-    """Load the network of a run, with another config if one is given, or of a file with the config's architecture."""
+    """Load the network of a run, with another config if one is given, or of a file with the config's architecture.
+
+    Raises:
+      ValueError: there is no such network, or it does not fit the config.
+    """
     if source.is_dir():
         network = load_run(source)
-        return network if config is None else network._replace(config=config)
+        if config is None:
+            return network
+        needed = model.shapes(config.model, network.classes, (config.data.crop, config.data.crop, network.channels))
+        for kind, layers in needed.items():
+            loaded = network.variables.get(kind, {})
+            _check_fits(str(source), loaded, layers, sorted({*layers, *loaded}))
+        return network._replace(config=config)
     if config is None:
         raise ValueError(f"{source}: must come with its architecture; give --config=configs/networks/...")
     return read_file(source, config)
@@ -393,7 +403,7 @@ def initial(config: ConfigDict, dataset: Dataset) -> Initial:
     variables = {kind: layers | loaded.variables.get(kind, {}) for kind, layers in variables.items()}
     new = "".join(f"; {layer} starts anew" for layer in origin["new_layers"])
     notes = [f"starts from the weights of {origin['init_from']}, fingerprint {origin['fingerprint']}{new}"]
-    theirs, ours = _describe_input(loaded.config), _describe_input(config)
+    theirs, ours = describe_input(loaded.config), describe_input(config)
     if theirs != ours:
         notes.append(f"their input was pixels {theirs}; this run's is pixels {ours}")
     return Initial(variables, origin, tuple(notes))
@@ -427,7 +437,7 @@ def _fitting(config: ConfigDict, dataset: Dataset) -> tuple[TrainedNetwork, dict
     """
     source, head = Path(config.train.init_from), config.model.order[-1]
     architecture = FrozenConfigDict({section: config[section] for section in ("model", "data")})
-    network, fingerprint = _load(source, architecture, _time(source))
+    network, fingerprint = _load(source, architecture, _modified_at(source))
     _check_classes(source, network, dataset, config)
     new_layers = [head] if config.train.new_head else []
     image_shape = (config.data.crop, config.data.crop, dataset.channels)
@@ -436,18 +446,21 @@ def _fitting(config: ConfigDict, dataset: Dataset) -> tuple[TrainedNetwork, dict
         joined = grouped(network) if kind == "params" else _join(network.variables.get(kind, {}))
         loaded = _split(joined, config.model.towers)
         kept = [layer for layer in layers if layer not in new_layers]
-        for layer in kept:
-            shapes, needed = (
-                {k: leaf.shape for k, leaf in tree.items()} for tree in (loaded.get(layer, {}), layers[layer])
-            )
-            if shapes != needed:
-                raise ValueError(
-                    f"train.init_from={source}: must fit the network, and {layer} has {shapes or 'nothing'} for "
-                    f"{needed}; give the config of its architecture"
-                )
+        _check_fits(f"train.init_from={source}", loaded, layers, kept)
         variables[kind] = {layer: loaded[layer] for layer in kept}
     origin = {"init_from": str(source), "fingerprint": fingerprint, "new_layers": new_layers}
     return network._replace(variables=variables), origin
+
+
+def _check_fits(source: str, loaded: Mapping[str, Any], needed: Mapping[str, Any], layers: Iterable[str]) -> None:
+    """Check the shapes of layers' arrays; raise ValueError, beginning with the source, if some differ."""
+    for layer in layers:
+        shapes, expected = ({k: leaf.shape for k, leaf in tree.get(layer, {}).items()} for tree in (loaded, needed))
+        if shapes != expected:
+            raise ValueError(
+                f"{source}: must fit the network, and {layer} has {shapes or 'nothing'} for {expected or 'nothing'}; "
+                "give the config of its architecture"
+            )
 
 
 @functools.lru_cache(maxsize=1)  # the seeds of an arm start from the same weights
@@ -462,7 +475,7 @@ def _load(source: Path, config: FrozenConfigDict, _: float) -> tuple[TrainedNetw
     return network, fingerprint.hexdigest()[:16]
 
 
-def _time(source: Path) -> float:
+def _modified_at(source: Path) -> float:
     """Return when weights were changed last, so that they are read again."""
     changed = RunDir(source).checkpoints if source.is_dir() else source
     return changed.stat().st_mtime if changed.exists() else 0.0
@@ -484,7 +497,8 @@ def _check_classes(source: Path, network: TrainedNetwork, dataset: Dataset, conf
         )
 
 
-def _describe_input(config: ConfigDict) -> str:
+def describe_input(config: ConfigDict) -> str:
+    """Return what is done to the pixels of the input, for messages."""
     data = config.data
     subtracted = data.mean if data.subtract == "mean" else data.subtract.replace("_", " ")
     return f"minus {subtracted}, divided by {data.std}"

@@ -561,11 +561,26 @@ def test_config_is_unchanged_by_json(name: str) -> None:
     assert isinstance(again.model.order, tuple)
 
 
-def test_run_without_a_later_free_field_has_its_default() -> None:
+def test_run_of_an_earlier_version_has_the_defaults_of_later_fields() -> None:
     config = run_config()
     values = config_lib.as_json(config)
-    del values["train"]["layout"]
+    del values["train"]["layout"], values["train"]["init_from"], values["model"]["batch_norm"]
     assert config_lib.flatten(config_lib.from_json(values)) == config_lib.flatten(config)
+
+
+def test_arms_may_have_choices_of_their_own() -> None:
+    """In a study's changes and on the command line, where the last one counts."""
+    key = "tuning.choices_by_arm"
+    study = base.study("embedded", {"relu": {}, "tanh": {}}, changes={key: {"tanh": (0.01,)}})
+    assert study.tuning.choices_by_arm.to_dict() == {"tanh": (0.01,)}
+    study = config_lib.load_study(
+        "configs/ablation_lrn.py", [f"--config.{key}.lrn=0.1", f"--config.{key}.lrn=(0.2,0.3)"]
+    )
+    assert study.tuning.choices_by_arm.to_dict() == {"lrn": (0.2, 0.3)}
+    with pytest.raises(ValueError, match=r"^tuning\.choices_by_arm\.lrn=3: must be .*a tuple"):
+        config_lib.apply_changes(study, {f"{key}.lrn": 3})
+    with pytest.raises(ValueError, match="unknown config key"):  # an arm cannot change it
+        config_lib.run_config(base.study("embedded", {"relu": {f"{key}.relu": (0.1,)}}), "relu", 0)
 
 
 def test_configs_of_version_1_are_refused() -> None:

@@ -174,6 +174,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
+def test_runs_of_an_executor_that_is_not_here_are_evaluated(runs: list[Path], tmp_path: Path) -> None:
+    """A run of four devices, for example, on this machine of two."""
+    config, network = run_config(**SPREAD | {"model.towers": 4, "train.executor": "pmap"}), load_run(runs[0])
+    variables = model.init(config.model, 10, (23, 23, 1), config.seed)
+    moved = network._replace(config=config, variables=variables)
+    save_run(RunDir(tmp_path / "run"), moved, train.new_state(config, variables), {})
+    assert evaluate.evaluate_runs([tmp_path / "run"])["images"] == 1000
+
+
 @pytest.mark.slow
 def test_ensemble_averages_probabilities(
     runs: list[Path], held_out: tuple[np.ndarray, np.ndarray, Arrays], monkeypatch: pytest.MonkeyPatch

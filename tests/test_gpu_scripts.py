@@ -188,6 +188,12 @@ def test_archives_have_all_results_and_unfinished_checkpoints_alone(
         assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "runs" / name).read_bytes()
 
 
+def test_queues_of_one_folder_know_their_own_studies(tmp_path: Path) -> None:
+    study_queue = load("study_queue")
+    files = {study_queue.done_file(tmp_path / f"{name}.tar", tmp_path / "runs") for name in ("lrn", "pooling")}
+    assert {file.name for file in files} == {"lrn.json", "pooling.json"}
+
+
 @pytest.mark.parametrize("name", load("alternatives").LRN)
 def test_alternative_forms_of_lrn_equal_ours(name: str) -> None:
     x, cotangent = np.random.default_rng(0).normal(0, 3, (2, 2, 3, 3, 7)).astype(np.float32)

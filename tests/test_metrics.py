@@ -1,13 +1,16 @@
 """Metrics are recorded once, under the same names everywhere."""
 
+import contextlib
 import errno
 import io
 import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +32,28 @@ def record(run: RunDir, *steps: int, start: int = 0) -> MetricWriter:
     for step in steps:
         writer.write(step, {"epoch": step / 10, "train/loss": step / 10})
     return writer
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(0, []), (1, [range(6, 9)]), (4, [range(6, 9), range(9, 12)]), (99, [range(6, 9), range(9, 12), range(12, 13)])],
+)
+def test_profile_has_the_requested_steps_or_the_rest_of_their_span(
+    steps: int, expected: list[range], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first spans, which compile, are left out."""
+    recording: list[bool] = [False]
+
+    @contextlib.contextmanager
+    def trace(*_: Any, **__: Any) -> Iterator[None]:
+        recording[0] = True
+        yield
+        recording[0] = False
+
+    monkeypatch.setattr(metrics.jax.profiler, "trace", trace)
+    spans = [range(3), range(3, 6), range(6, 9), range(9, 12), range(12, 13)]
+    assert [span for span, _ in metrics.profiled(spans, spans, steps, tmp_path) if recording[0]] == expected
+    assert not recording[0]
 
 
 class Disk:

@@ -188,9 +188,13 @@ def test_dropout_masks_in_training_and_scales(inverted: bool, kept: float, teste
             {"model.layers.conv1.kernel": 29},
             r"conv1: a kernel of 29x29 does not fit a feature map of 23x23 padded by 2\+2: use larger",
         ),
+        (
+            {"model.lrn.sees": "all", "model.lrn.n": 34},
+            r"model.lrn.n=34: must be at most 33 with model.lrn.sees=all, as conv1 has 16 features in each tower",
+        ),
     ],
 )
-def test_network_that_does_not_fit_its_images_raises(changes: dict[str, Any], message: str) -> None:
+def test_network_that_cannot_be_computed_raises(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train.open_run(run_config(**changes))
 

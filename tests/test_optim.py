@@ -139,6 +139,13 @@ def test_decay_epochs_in_the_same_step_both_decay() -> None:
     np.testing.assert_allclose(learning_rates(config, [9, 10]), [1e-2, 1e-4], rtol=1e-5)
 
 
+def test_decay_after_the_largest_step_never_comes() -> None:
+    """Steps are counted in int32."""
+    config = run_config("imagenet2012", **{"optim.decay_epochs": (1.0, 100_000.0)}).optim
+    rate = optim.learning_rate(config, 50_000.0, 10, np.int32(2**31 - 2))
+    assert rate == pytest.approx(1e-3)
+
+
 def test_step_schedule_warms_up_linearly_from_zero() -> None:
     config = run_config("imagenet2012", **{"optim.warmup_epochs": 2.0, "optim.decay_epochs": (1.0, 3.0)})
     rates = learning_rates(config, [0, 1, 10, 19, 20, 29, 30])

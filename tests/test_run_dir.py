@@ -162,6 +162,17 @@ def test_fields_that_do_not_decide_what_is_learned_may_change(tmp_path: Path) ->
     run.check(as_json(changed))
 
 
+def test_run_of_an_earlier_version_resumes(tmp_path: Path) -> None:
+    """What later fields decide, it did as their defaults say."""
+    run, config = RunDir(tmp_path / "run"), as_json(run_config())
+    earlier = as_json(run_config())
+    del earlier["train"]["init_from"]
+    write_json(run.config_file, earlier)
+    run.check(config)
+    with pytest.raises(ValueError, match=r"train\.init_from was '', is 'weights\.npy'"):
+        run.check(as_json(run_config(**{"train.init_from": "weights.npy"})))
+
+
 def test_crashes_are_starts_without_an_end(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert run.crashes == 0

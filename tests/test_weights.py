@@ -224,6 +224,15 @@ def test_other_classes_are_refused_with_the_flag(tmp_path: Path, names: list[str
         weights.check_initial(RunDir(tmp_path / "run"), *starting_from(tmp_path / "source"))
 
 
+def test_run_is_loaded_with_a_config_of_its_network_only(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", run_config(**TINY))
+    other = run_config(**TINY | {"data.std": (5.0,)})
+    assert weights.load_network(tmp_path / "run", other).config.data.std == (5.0,)
+    for changes in ({"model.layers.fc6.features": 8}, {"model.order": ("conv1", "fc7", "fc8")}):
+        with pytest.raises(ValueError, match=r"run: must fit the network, and .* has .*; give the config of its arch"):
+            weights.load_network(tmp_path / "run", run_config(**TINY | changes))
+
+
 def test_other_layers_are_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "source", run_config(**TINY))
     for changes in ({"model.layers.conv2.features": 12}, {"model.layers.conv2.then": ("batch_norm", "activation")}):

@@ -77,7 +77,7 @@ def _decode(sources: Sequence[Source], size: int) -> tuple[Arrays, ...]:
         threads, chunks = os.cpu_count() or 1, _chunks(len(source), _DECODED_TOGETHER)
         batches = _read_ahead(source, grain.MapDataset.source(chunks), size, threads, 2 * threads)
         arrays = Arrays(np.empty((len(source), size, size, source.channels), np.uint8), np.empty(len(source), np.int32))
-        progress = track(batches, f"decoding {source}", len(chunks), disable=not sys.stdout.isatty())
+        progress = track(batches, f"decoding {len(source):,} images", len(chunks), disable=not sys.stdout.isatty())
         for positions, batch in zip(chunks, progress, strict=True):
             arrays.images[positions], arrays.labels[positions] = batch["image"], batch["label"]
         return arrays

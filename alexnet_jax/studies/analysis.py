@@ -307,14 +307,9 @@ def _show(metric: str, *values: float, sign: str = "") -> str:
 
 def _bounded(bound: str, show: Callable[..., str], low: float, high: float) -> str:
     """Return a confidence interval as text: of a bound, only the end that holds."""
-    match bound:
-        case "":
-            return show(low, high)
-        case "≥":
-            return f"≥ {show(low)}"
-        case "≤":
-            return f"≤ {show(high)}"
-    return ""
+    ends = {"": (low, high), AT_LEAST: (low,), AT_MOST: (high,)}.get(bound)
+    text = show(*ends) if ends else ""
+    return f"{bound} {text}".strip() if text else ""
 
 
 def _times(*values: float) -> str:

@@ -87,6 +87,10 @@ def trials(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> list[R
     tuning = study.tuning
     if not tuning.key:
         return []
+    if unknown := set(tuning.choices_by_arm) - set(study.arms):
+        raise ValueError(
+            f"tuning.choices_by_arm={sorted(unknown)}: must be among the study's arms {', '.join(study.arms)}"
+        )
     if not tuning.choices or not tuning.seeds or set(tuning.seeds) & set(study.seeds):
         raise ValueError(
             f"tuning.choices={tuning.choices}, tuning.seeds={tuning.seeds}: must be values of {tuning.key}, and seeds "
@@ -275,11 +279,7 @@ def _changes(study: ConfigDict, arm: str, chosen: dict[str, Any] | None = None) 
 
 def _check_folders(runs: list[Run], extend: bool) -> None:
     """Check that no run's folder holds a run of another config, on other images or from other weights."""
-
-    @functools.cache
-    def load(data_config: FrozenConfigDict) -> datasets.Dataset:
-        return datasets.load(data_config)
-
+    load = functools.cache(datasets.load)
     for run in runs:
         with contextlib.suppress(DamagedFileError):  # that run fails, when its turn comes, and no other
             run.folder.check(as_json(run.config), extend=extend)

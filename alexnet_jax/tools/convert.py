@@ -31,7 +31,7 @@ from alexnet_jax.data import augment
 from alexnet_jax.metrics import Progress
 from alexnet_jax.parallel import TOWER
 from alexnet_jax.run_dir import RunDir, atomic_write
-from alexnet_jax.weights import READ_ONLY, load_network, write_file
+from alexnet_jax.weights import READ_ONLY, describe_input, load_network, write_file
 
 
 def export(network: TrainedNetwork) -> bytes:
@@ -97,9 +97,8 @@ def main(arguments: argparse.Namespace) -> None:
     parallel.initialize(1)
     config = None if arguments.config is None else config_lib.reference_run(arguments.config)
     network = convert(arguments.source, arguments.target, config)
-    data = network.config.data
+    crop = network.config.data.crop
     print(
         f"{arguments.target}: {model.count_parameters(network.variables['params']):,} parameters; input "
-        f"{data.crop}x{data.crop} pixels of 0 to 255, minus "
-        f"{data.mean if data.subtract == 'mean' else data.subtract.replace('_', ' ')}, divided by {data.std} (RGB)"
+        f"{crop}x{crop} pixels of 0 to 255, {describe_input(network.config)} (RGB)"
     )

@@ -60,7 +60,7 @@ def predict(
     config.data.data_dir = config.data.data_dir if data_dir is None else data_dir
     names = network.class_names or [str(label) for label in range(network.classes)]
     images = np.stack([_read(file, config.data.image_size, network.channels) for file in files])
-    executor = make_executor(config.train.executor, config.model.towers, config.eval.batch_size)
+    executor = make_executor("auto", config.model.towers, config.eval.batch_size)
     variables, statistics = executor.place(network.variables), executor.replicate(network.known_statistics())
     nearest: list[list[tuple[np.ndarray, str]]] = [[] for _ in files]
     held_out = None if neighbours == 0 else _held_out(run, config, optional=neighbours is None)

@@ -28,7 +28,6 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 PART_BYTES = 15 * 2**20  # of one archive: some machines send back files of at most 16 MiB, and eight of them
 PARTS = 8
-DONE = "queue.json"  # in the folder of all studies: the specs that are finished
 
 
 def study_name(spec: str) -> str:
@@ -48,6 +47,11 @@ def part_path(archive: Path, number: int) -> Path:
     return archive.with_suffix(f".{number}{archive.suffix}") if number else archive
 
 
+def done_file(archive: Path, folder: Path) -> Path:
+    """Return the file beside the studies that has the specs which are finished; another archive has another one."""
+    return folder / f"{archive.stem}.json"
+
+
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack the parts of an archive that exist."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +69,8 @@ def pack(archive: Path, folder: Path, names: list[str]) -> None:
     """
     parts: list[list[Path]] = [[]]
     sizes = [0]
-    for files in [[file] for file in folder.glob(DONE)] + [each for name in names for each in units(folder / name)]:
+    finished = [path] if (path := done_file(archive, folder)).exists() else []
+    for files in [finished, *(each for name in names for each in units(folder / name))]:
         costs = [1024 + file.stat().st_size for file in files]  # a header, and padding to blocks of 512 bytes
         # A checkpoint is packed whole or not at all.
         trial = sizes.copy()
@@ -159,7 +164,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = options.folder.resolve()
     unpack(options.archive, folder)
-    done = json.loads((folder / DONE).read_text()) if (folder / DONE).exists() else {}
+    done_path = done_file(options.archive, folder)
+    done = json.loads(done_path.read_text()) if done_path.exists() else {}
     try:
         for name, spec in names.items():
             if done.get(name) == spec:
@@ -177,7 +183,7 @@ def main() -> None:
                 print(f"{name}: failed with exit status {status}; run the command again to try again", flush=True)
             else:
                 done[name] = spec
-                (folder / DONE).write_text(json.dumps(done, indent=2))
+                done_path.write_text(json.dumps(done, indent=2))
     finally:
         pack(options.archive, folder, list(names))
     if any(done.get(name) != spec for name, spec in names.items()):

@@ -121,6 +121,7 @@ def test_effect_of_censored_runs_is_a_bound(study: Path) -> None:
     shown = analysis.verdicts(study).iloc[1]
     assert shown["found"].startswith("≥ ")
     assert shown["95 % CI"].startswith("≥ ")
+    assert analysis._bounded("≥", analysis._times, np.nan, np.nan) == ""  # of one pair
     never_reach_25(study, "lrn", 1)
     both = analysis.verdicts(study).iloc[1]
     assert (both["found"][0], both["95 % CI"], both["verdict"]) == ("?", "", "inconclusive")
