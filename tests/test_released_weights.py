@@ -1,44 +1,80 @@
-"""The released network has the error on its card, and the card's command predicts."""
+"""The released networks have the errors on their card, and recognise its examples."""
 
+import tarfile
+from pathlib import Path
+
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from scipy import stats
 
 from alexnet_jax import weights
 from alexnet_jax.config import load_study, reference_run
-from alexnet_jax.data import datasets
-from alexnet_jax.evaluate import evaluate, make_predictor
+from alexnet_jax.data import datasets, image_io
+from alexnet_jax.data.datasets import Arrays
+from alexnet_jax.evaluate import Outcomes, evaluate, make_predictor
 from alexnet_jax.model import count_parameters
 from alexnet_jax.parallel import Executor
 from alexnet_jax.tools import predict
 from support import REPOSITORY
 
 FOLDER = REPOSITORY / "experiments" / "weights"
-DIGITS = FOLDER / "digits.safetensors"
+CARD = (FOLDER / "README.md").read_text()
+CIFAR10 = REPOSITORY.parent / "shared" / "data" / "cifar10_jpeg_q75.tar.xz"
+CONFIGS = {"digits": "configs/ablation_lrn.py", "cifar10": "configs/ablation_lrn.py:cifar10"}
 
 
-@pytest.mark.slow
-def test_card_is_of_the_released_network() -> None:
-    config = reference_run(load_study("configs/ablation_lrn.py"))
-    network, executor = weights.load_network(DIGITS, config), Executor("vmap", 2)
-    variables, statistics = executor.place(network.variables), network.known_statistics()
+def config_of(name: str) -> ConfigDict:
+    return reference_run(load_study(CONFIGS[name]))
+
+
+def outcomes_on(name: str, config: ConfigDict, held_out: datasets.Source) -> Outcomes:
+    """Evaluate a released network."""
+    network, executor = weights.load_network(FOLDER / f"{name}.safetensors", config), Executor("vmap", 2)
+    variables, statistics = executor.place(network.variables), executor.replicate(network.known_statistics())
     predictor = make_predictor(config, network.classes, executor)
-    outcomes = evaluate(
-        [lambda images: predictor(variables, statistics, images)], datasets.load(config.data).evaluation, config
-    )
-    wrong = int(outcomes.metrics["top1_error"].sum())
-    low, high = stats.binomtest(wrong, len(outcomes.labels)).proportion_ci(method="exact")
-    card = (FOLDER / "README.md").read_text()
-    assert (
-        f"{wrong / 10:.1f} % of 1,000 held-out digits ({wrong} of them), 95 % CI {100 * low:.1f} to {100 * high:.1f} %"
-        in card
-    )
-    assert f"| parameters | {count_parameters(network.variables['params']):,} " in card
-    assert DIGITS.stat().st_size < 2e6
+    assert f" {count_parameters(network.variables['params']):,} float32 " in CARD
+    assert sum(path.stat().st_size for path in FOLDER.glob(f"{name}.safetensors*")) < 2e6
+    return evaluate([lambda images: predictor(variables, statistics, images)], held_out, config)
+
+
+def error_on_card(wrong: int, count: int, what: str) -> str:
+    """Return how the card states an error, with its exact binomial interval."""
+    low, high = stats.binomtest(wrong, count).proportion_ci(method="exact")
+    percent = f"{100 * wrong / count:.1f} % of {count:,} {what} ({wrong:,} of them)"
+    return f"{percent}, 95 % CI {100 * low:.1f} to {100 * high:.1f} %"
 
 
 @pytest.mark.slow
-def test_released_network_recognises_its_example() -> None:
-    config = reference_run(load_study("configs/ablation_lrn.py"))
-    (prediction,) = predict.predict(DIGITS, [FOLDER / "7.png"], config=config)
-    assert prediction.classes[0] == "7"
+def test_card_is_of_the_digits_network() -> None:
+    config = config_of("digits")
+    outcomes = outcomes_on("digits", config, datasets.load(config.data).evaluation)
+    assert error_on_card(int(outcomes.metrics["top1_error"].sum()), 1000, "held-out digits") in CARD
+
+
+@pytest.mark.slow
+def test_card_is_of_the_network_of_photographs() -> None:
+    """Its error on every tenth held-out image is what the card says, within its binomial error."""
+    if not CIFAR10.exists():
+        pytest.skip("needs CIFAR-10 as JPEGs, which is not here")
+    with tarfile.open(CIFAR10) as tar:
+        held_out = sorted((file for file in tar if file.isfile() and "test/" in file.name), key=lambda file: file.name)
+        files = {file.name: tar.extractfile(file) for file in held_out[::10]}
+        images = {name: image_io.decode(file.read(), 3) for name, file in files.items() if file is not None}
+    config = config_of("cifar10")
+    names = weights.load_network(FOLDER / "cifar10.safetensors", config).class_names
+    assert names is not None
+    labels = np.array([names.index(Path(name).parent.name) for name in images])
+    outcomes = outcomes_on("cifar10", config, Arrays(np.stack(list(images.values())), labels))
+    wrong = int(outcomes.metrics["top1_error"].sum())
+    assert error_on_card(2363, 10_000, "held-out images") in CARD
+    assert len(labels) == 1000
+    assert stats.binomtest(wrong, 1000, 0.2363).pvalue > 0.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "image", "expected"), [("digits", "7.png", "7"), ("cifar10", "horse.jpg", "horse")])
+def test_released_network_recognises_its_example(name: str, image: str, expected: str) -> None:
+    (prediction,) = predict.predict(FOLDER / f"{name}.safetensors", [FOLDER / image], config=config_of(name))
+    assert prediction.classes[0] == expected
     assert prediction.probabilities[0] > 0.9
