@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from alexnet_jax.train import train_and_evaluate
 
 __all__ = ["AlexNet", "load_run", "predict", "train_and_evaluate"]
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 _MODULES = {"AlexNet": "model", "load_run": "checkpoint", "predict": "tools.predict", "train_and_evaluate": "train"}
 

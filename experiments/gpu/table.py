@@ -86,7 +86,7 @@ TARGETS = (
         for batch in ("128", "512")
     ),
     Target(
-        "its share of the rate of a matrix product, batch 128",
+        "FLOP rate relative to a large matrix product, batch 128",
         "stated",
         "{:.0%}; {:.0%}",
         of_step("step: ours, share of the rate of matmul"),
