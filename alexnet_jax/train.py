@@ -295,7 +295,7 @@ def _train(
     config = setup.config
     notes = _start(records, setup)
     stats = setup.executor.replicate(measured)
-    executor, steps, epoch = setup.executor, setup.steps, setup.steps_per_epoch
+    executor, steps, steps_per_epoch = setup.executor, setup.steps, setup.steps_per_epoch
     evaluate_all = make_evaluator(setup)
     with (
         Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints,
@@ -330,10 +330,12 @@ def _train(
                 due = _due(setup, step)
                 if due.log:
                     with timer.paused(state):
-                        learning_rate = optim.learning_rate(config.optim, epoch, steps, step - 1, decays)
+                        learning_rate = optim.learning_rate(config.optim, steps_per_epoch, steps, step - 1, decays)
                         means = _mean_metrics(state) | {"learning_rate": float(learning_rate)}
                         _check_finite(means, step)
-                        progress.metrics |= writer.write(step, {"epoch": step / epoch, **means, **timer.lap()})
+                        progress.metrics |= writer.write(
+                            step, {"epoch": step / steps_per_epoch, **means, **timer.lap()}
+                        )
                         if warning := timer.warning(config.data):
                             writer.log(warning)
                         state = state.replace(sums=executor.place(_no_sums(config.model.towers)))
@@ -344,7 +346,7 @@ def _train(
                         scores = {f"{part}/{k}": v for part, each in outcomes.items() for k, v in each.means().items()}
                         scores |= figures.colour_metrics(filters)
                         _check_finite(scores, step)
-                        progress.metrics |= writer.write(step, {"epoch": step / epoch, **scores})
+                        progress.metrics |= writer.write(step, {"epoch": step / steps_per_epoch, **scores})
                         if "validation" in outcomes:
                             error = scores["validation/top1_error"]
                             progress.plateau = progress.plateau.after(error, config.optim.plateau)
@@ -362,7 +364,7 @@ def _train(
             _write_artifacts(records, writer, setup, progress.step, outcomes["eval"], _first_kernel(state, config))
             result = {
                 "steps": progress.step,
-                "epochs": progress.step / epoch,
+                "epochs": progress.step / steps_per_epoch,
                 "parameters": model.count_parameters(state.params),
                 **{name: value for name, value in progress.metrics.items() if "/" in name},
                 **timer.totals(),

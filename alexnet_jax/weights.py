@@ -161,7 +161,7 @@ def read_file(path: Path, config: ConfigDict) -> TrainedNetwork:
             + (f" and {len(arrays) - 10} more" if len(arrays) > 10 else "")
         )
     (first_kernel, _), *_, (_, head_bias) = names.values()
-    needed = _encode(layout, config, _shapes(config, arrays[first_kernel].size, arrays[head_bias].size))
+    needed = _encode(layout, config, _grouped_zeros(config, arrays[first_kernel].size, arrays[head_bias].size))
     params: Params = {}
     for layer, (kernel, bias) in names.items():
         for name in (kernel, bias):
@@ -276,7 +276,7 @@ def _encode(layout: Caffe | Torchvision, config: ConfigDict, params: Params) -> 
     return encoded
 
 
-def _shapes(config: ConfigDict, first_size: int, classes: int) -> Params:
+def _grouped_zeros(config: ConfigDict, first_size: int, classes: int) -> Params:
     """Return zeros, which take no memory, of the shapes of the grouped parameters."""
     first = config.model.layers[config.model.order[0]]  # the size of its kernel tells whether images have colours
     channels = 1 if first.kind == "conv" and first_size == first.kernel**2 * first.features else 3

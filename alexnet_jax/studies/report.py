@@ -54,7 +54,8 @@ def write(study: Path | str) -> None:
     runs, curves, claims = analysis.load_runs(study), analysis.load_curves(study), analysis.verdicts(study)
     write_text(folder.results_file, runs.to_csv(index=False))
     write_text(folder.curves_file, curves.to_csv(index=False, float_format="%.6g"))
-    write_text(folder.report_file, _render(folder, runs, curves, claims))
+    damages = [(run.name, damage) for *_, run in folder.runs() for damage in run.damages()]
+    write_text(folder.report_file, _render(folder, runs, curves, claims, damages))
     _print(analysis.table(runs), f"top-1 error on {folder.read()['reported']}, %")
     if len(claims):
         _print(claims, "the paper's claims; differences of errors in percentage points")
@@ -67,13 +68,23 @@ def write(study: Path | str) -> None:
     for status, count in runs["status"].value_counts().items():
         if status not in ("finished", "damaged"):
             print(f"{count} run(s) {status}; re-run the study's command to continue")
-    for name, damage in _damages(folder.runs()):
+    for name, damage in damages:
         print(f"{name}: {damage}")
     print(f"{folder.results_file}  {folder.report_file}\ntensorboard --logdir {study}")
 
 
-def _render(folder: StudyDir, runs: pd.DataFrame, curves: pd.DataFrame, claims: pd.DataFrame) -> str:
-    """Return the report: one HTML page that needs no other file. The template leaves out sections without content."""
+def _render(
+    folder: StudyDir,
+    runs: pd.DataFrame,
+    curves: pd.DataFrame,
+    claims: pd.DataFrame,
+    damages: list[tuple[str, str]],
+) -> str:
+    """Return the report: one HTML page that needs no other file. The template leaves out sections without content.
+
+    Args:
+      damages: the name of a run and a sentence for each of its files that is damaged.
+    """
     study, run_dirs, path = folder.read(), folder.runs(), folder.path
     logged = [metric for metric in analysis.METRICS if metric in curves and curves[metric].notna().any()]
     environments = [values for *_, run in run_dirs if (values := run.undamaged(RunDir.read_environment))]
@@ -112,7 +123,7 @@ def _render(folder: StudyDir, runs: pd.DataFrame, curves: pd.DataFrame, claims: 
         extended={
             run.name: extensions for *_, run in run_dirs if (extensions := run.undamaged(RunDir.read_extensions))
         },
-        damages=_damages(run_dirs),
+        damages=damages,
         environment=json.dumps(environments[0], indent=2) if environments else None,
     )
 
@@ -169,11 +180,6 @@ def _filters(run_dirs: Runs) -> dict[str, tuple[str, int]]:
         content = base64.b64encode(encode_png(grid)).decode()
         images[f"{arm}, seed {seed}"] = f"data:image/png;base64,{content}", MAGNIFICATION * grid.shape[1]
     return images
-
-
-def _damages(run_dirs: Runs) -> list[tuple[str, str]]:
-    """Return the name of a run and a sentence for each of its files that is damaged."""
-    return [(run.name, damage) for *_, run in run_dirs for damage in run.damages()]
 
 
 def _svg(plot: Callable[..., Figure], *arguments: Any) -> Markup:

@@ -115,7 +115,7 @@ def _grid(study: ConfigDict, arm: str) -> tuple[Any, ...]:
     return study.tuning.choices_by_arm.get(arm, study.tuning.choices)
 
 
-def choices(study: ConfigDict, workdir: Path) -> dict[str, Any]:
+def chosen_values(study: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Return what each arm chose that has finished its tuning runs: the value with the lowest mean of `tuning.metric`.
 
     By arm: `chosen`, the value; `scores`, the mean metric of each value (None where it was never reached or a run
@@ -173,7 +173,7 @@ def _run_study(study: ConfigDict, workdir: Path, only: Sequence[str], request: s
     write_layout(workdir)
     failed = _run_all(tuning_runs, request, extend, wait=True)
     if tuning_runs:
-        chosen = {arm: choice["chosen"] for arm, choice in choices(study, workdir).items()}
+        chosen = {arm: choice["chosen"] for arm, choice in chosen_values(study, workdir).items()}
         runs = [run for run in plan(study, workdir, only, chosen) if run.arm in chosen]
         _check_folders(runs, extend)
         _describe(study, workdir, sizes)
@@ -291,7 +291,7 @@ def _check_folders(runs: list[Run], extend: bool) -> None:
 
 def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
     """Write study.json, which tells the report about the study."""
-    tuned = choices(study, workdir)
+    tuned = chosen_values(study, workdir)
     chosen = {arm: choice["chosen"] for arm, choice in tuned.items()}
     description = {
         "name": workdir.name,

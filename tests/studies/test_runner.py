@@ -264,7 +264,7 @@ def test_arm_can_be_tuned_on_epochs_to_25(trained: list[tuple[str, Path]], tmp_p
     """As in the paper's figure 1. A rate that does not reach 25 % training error in some trial has no score."""
     config = tuned_study(0.001, 0.01, 0.015, **{"tuning.metric": "epochs_to_25", "tuning.seeds": (1000, 1001)})
     assert runner.run_study(config, tmp_path, only=["relu"]) == []
-    choices = runner.choices(config, tmp_path)
+    choices = runner.chosen_values(config, tmp_path)
     assert list(choices) == ["relu"]
     assert choices["relu"]["chosen"] == 0.015
     assert choices["relu"]["scores"] == pytest.approx({"0.001": None, "0.01": 1.0, "0.015": 0.5})
@@ -273,7 +273,7 @@ def test_arm_can_be_tuned_on_epochs_to_25(trained: list[tuple[str, Path]], tmp_p
     assert final.optim.learning_rate == 0.015
 
     StudyDir(tmp_path).trial("relu", "optim.learning_rate", 0.015, 1001).metrics_file.write_text('{"step": 2}\n')
-    relu = runner.choices(config, tmp_path)["relu"]
+    relu = runner.chosen_values(config, tmp_path)["relu"]
     assert relu == {
         "chosen": 0.01,
         "scores": pytest.approx({"0.001": None, "0.01": 1.0, "0.015": None}),
@@ -291,7 +291,7 @@ def test_trials_of_speed_train_on_all_images(trained: list[tuple[str, Path]], tm
     ]
     assert runner.run_study(config, tmp_path) == []
     assert {run.config.data.validation_split for run in runner.trials(config, tmp_path)} == {""}
-    chosen = runner.choices(config, tmp_path)
+    chosen = runner.chosen_values(config, tmp_path)
     assert {arm: list(choice["scores"]) for arm, choice in chosen.items()} == {
         "relu": ["0.01", "0.015"],
         "tanh": ["0.015", "0.02"],
@@ -312,9 +312,9 @@ def test_arm_chooses_only_after_its_last_trial(trained: list[tuple[str, Path]], 
     first, second = runner.trials(config, tmp_path, ["relu"])
     write_json(first.folder.result_file, {"steps": 2, "validation/top1_error": 0.5})
     write_text(first.folder.metrics_file, '{"step": 2}\n')
-    assert runner.choices(config, tmp_path) == {}
+    assert runner.chosen_values(config, tmp_path) == {}
     write_json(second.folder.failure_file, {"error": "", "traceback": ""})
-    assert runner.choices(config, tmp_path)["relu"]["chosen"] == 0.001
+    assert runner.chosen_values(config, tmp_path)["relu"]["chosen"] == 0.001
 
 
 @pytest.mark.parametrize(
