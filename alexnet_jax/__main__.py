@@ -75,7 +75,8 @@ def _run_verb(name: str, argv: list[str]) -> None:
         parser.error(f"unknown argument {unknown[0]!r}")
     logging.getLogger().setLevel(logging.ERROR)  # JAX, Orbax and TFDS log more than the command itself
     if getattr(arguments, "config", None) is not None:
-        arguments.config_name = Path(split_spec(arguments.config)[0]).stem
+        path, scale = split_spec(arguments.config)
+        arguments.config_name = "_".join(filter(None, (Path(path).stem, scale)))
         arguments.config = load_study(arguments.config, overrides)
     elif overrides:
         parser.error(f"{overrides[0]}: needs --config")

@@ -381,7 +381,7 @@ def follow() -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the verb run."""
     parser.add_argument("--config", required=True, help="the study's file, and its scale after a colon")
-    parser.add_argument("--workdir", type=Path, help="the study's folder; default: runs/ and the name of the file")
+    parser.add_argument("--workdir", type=Path, help="the study's folder; default: runs/FILE_SCALE, without .py")
     parser.add_argument(
         "--init_from", metavar="RUN|FILE", help="start every run from these weights, not initial values"
     )

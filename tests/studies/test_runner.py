@@ -19,6 +19,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from alexnet_jax import model, stop, train
+from alexnet_jax.__main__ import run_verb
 from alexnet_jax.checkpoint import TrainedNetwork, save_run
 from alexnet_jax.config import as_json
 from alexnet_jax.configs import ablation_lrn, base
@@ -29,6 +30,17 @@ from alexnet_jax.run_dir import RunDir, StudyDir, read_json, write_json, write_t
 from alexnet_jax.studies import analysis, runner
 from alexnet_jax.tools import predict, summary
 from support import SHALLOW, TINY, run_config
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [("configs/ablation_lrn.py", "ablation_lrn"), ("configs/ablation_lrn.py:cifar10", "ablation_lrn_cifar10")],
+)
+def test_scales_of_a_study_have_folders_of_their_own(spec: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[argparse.Namespace] = []
+    monkeypatch.setattr(runner, "main", called.append)
+    run_verb("run", [f"--config={spec}"])
+    assert [arguments.config_name for arguments in called] == [name]
 
 
 def tiny_study(**changes: Any) -> ConfigDict:
