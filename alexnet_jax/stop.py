@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FORCED_AFTER = (
-    1.0  # seconds; signals that are closer together are one request: a terminal and a parent may both send it
-)
+FORCED_AFTER = 1.0  # seconds; signals closer together are one request, which a terminal and a parent may both send
 
 
 class Stopped(KeyboardInterrupt):
