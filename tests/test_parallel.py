@@ -1,6 +1,5 @@
 """Executors: two towers on two devices are two towers on one device, and are the grouped network of one device."""
 
-import functools
 import os
 import re
 import subprocess
@@ -137,32 +136,23 @@ def test_vmap_and_pmap_agree_in_loss_gradients_and_state_with_dropout_on() -> No
         jax.tree.map(partial(assert_close, relative=1e-5), one_device.params, two_devices.params)
 
 
-@functools.cache
-def keras_reference() -> tuple[ConfigDict, np.ndarray, float, dict[str, list[np.ndarray]]]:
-    """Return a config, and logits, loss and gradients of the grouped network in Keras for `noise_batch`."""
+@pytest.mark.slow
+def test_towers_on_two_devices_are_the_grouped_network_of_one() -> None:
+    """Logits, loss and every gradient of the paper's network at full size, against Keras with the same weights."""
     import keras_alexnet  # importing Keras takes seconds
 
     config = run_config("imagenet2012", **WELL_CONDITIONED, **PLAIN, **{"train.batch_size": 2})
-    setup, batch = noise_setup(config), noise_batch(config, 2, seed=1)
+    setup, batch = noise_setup(config, "pmap"), noise_batch(config, 2, seed=1)
     images = np.asarray(centre_crops(batch["image"], config))
-    network = keras_alexnet.build(config, images.shape[1:], setup.dataset.classes)
-    keras_alexnet.set_weights(network, train.init_state(setup).params)
-    return config, *keras_alexnet.logits_loss_and_gradients(network, images, batch["label"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("executor", ["vmap", "pmap"])
-def test_towers_are_the_grouped_network_of_one_device(executor: str) -> None:
-    """Logits, loss and every gradient of the paper's network at full size, against Keras with the same weights."""
-    import keras_alexnet
-
-    config, logits, loss, gradients = keras_reference()
-    setup, batch = noise_setup(config, executor), noise_batch(config, 2, seed=1)
-    predict = evaluate.make_predictor(config, setup.dataset.classes, setup.executor)
     params, statistics = train.init_state(setup).params, random_statistics(config, setup.dataset.channels)
+    network = keras_alexnet.build(config, images.shape[1:], setup.dataset.classes)
+    keras_alexnet.set_weights(network, params)
+    logits, loss, gradients = keras_alexnet.logits_loss_and_gradients(network, images, batch["label"])
+
+    predict = evaluate.make_predictor(config, setup.dataset.classes, setup.executor)
     assert_close(predict({"params": setup.executor.place(params)}, statistics, batch["image"]), logits, 1e-5)
 
-    (state,) = run_steps(executor, config, 1)
+    (state,) = run_steps("pmap", config, 1)
     np.testing.assert_allclose(state.sums["loss"] / 2, [loss, loss], rtol=1e-5)
     ours = {
         name: [keras_alexnet.untower(leaves[part]) / -config.optim.learning_rate for part in ("kernel", "bias")]

@@ -10,7 +10,7 @@ import pytest
 
 from support import REPOSITORY
 
-COUNTS = {"kill": 1, "damage": 2, "files": 1}
+COUNTS = {"kill": 1, "damage": 2}
 
 # One process compiles once for all of them.
 SCENARIOS = f"""
