@@ -148,7 +148,7 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
 
     Raises:
       ValueError: the config is of version 0.1, whose fields have other names.
-      KeyError, AttributeError, TypeError: a section is missing, or is none.
+      KeyError, AttributeError, TypeError: a section is missing or is not a dictionary.
     """
     from alexnet_jax.configs import base  # which imports this module
 

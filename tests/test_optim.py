@@ -139,7 +139,7 @@ def test_decay_epochs_in_the_same_step_both_decay() -> None:
     np.testing.assert_allclose(learning_rates(config, [9, 10]), [1e-2, 1e-4], rtol=1e-5)
 
 
-def test_decay_after_the_largest_step_never_comes() -> None:
+def test_decay_beyond_the_largest_step_is_never_reached() -> None:
     """Steps are counted in int32."""
     config = run_config("imagenet2012", **{"optim.decay_epochs": (1.0, 100_000.0)}).optim
     rate = optim.learning_rate(config, 50_000.0, 10, np.int32(2**31 - 2))

@@ -163,7 +163,7 @@ def test_fields_that_do_not_decide_what_is_learned_may_change(tmp_path: Path) ->
 
 
 def test_run_of_an_earlier_version_resumes(tmp_path: Path) -> None:
-    """What later fields decide, it did as their defaults say."""
+    """An earlier version trained as the defaults of later fields do."""
     run, config = RunDir(tmp_path / "run"), as_json(run_config())
     earlier = as_json(run_config())
     del earlier["train"]["init_from"]

@@ -48,7 +48,7 @@ def part_path(archive: Path, number: int) -> Path:
 
 
 def done_file(archive: Path, folder: Path) -> Path:
-    """Return the file beside the studies that has the specs which are finished; another archive has another one."""
+    """Return the file, beside the studies, that lists the finished specs of an archive."""
     return folder / f"{archive.stem}.json"
 
 
