@@ -67,13 +67,13 @@ class AlexNet(nn.Module):
         if self.start == 0 or name != self.config.order[self.start]:
             return self._gather(name, x) if sees_all else x
         if sees_all:
-            return _join_towers(lax.all_gather(x, self.tower_axis, axis=1, tiled=True))
+            return layers.join_towers(lax.all_gather(x, self.tower_axis, axis=1, tiled=True))
         return lax.all_to_all(x, self.tower_axis, split_axis=0, concat_axis=1, tiled=True)[0]
 
     def _gather(self, name: str, x: jax.Array) -> jax.Array:
         """Concatenate the channels (last axis) of all towers, for the named layer."""
         self.sow("intermediates", f"{name}_sent", x)
-        return _join_towers(lax.all_gather(x, self.tower_axis))  # tiled=True would transpose x before and after
+        return layers.join_towers(lax.all_gather(x, self.tower_axis))  # tiled=True would transpose x before and after
 
     def _weights(self, name: str, x: jax.Array) -> jax.Array:
         """Apply the convolution or dense layer: this tower's part of its features."""
@@ -153,11 +153,6 @@ class AlexNet(nn.Module):
         left = lax.ppermute(last, axis, to_right) * (tower > 0)
         right = lax.ppermute(first, axis, to_left) * (tower < towers - 1)
         return normalise(jnp.concatenate([left, x, right], axis=-1))[..., before : before + channels]
-
-
-def _join_towers(x: jax.Array) -> jax.Array:
-    """Concatenate the channels of all towers: (towers, ..., channels) to (..., towers * channels)."""
-    return jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
 
 
 def forward(

@@ -25,6 +25,7 @@ MODERN: dict[str, Any] = {
 CONFIGS = {
     "small": run_config(**TINY),
     "modern": run_config(**TINY, **MODERN),
+    "one_weird_trick": run_config(**TINY, **{"train.layout": "one_weird_trick"}),
     "paper": run_config("imagenet2012"),
 }
 
