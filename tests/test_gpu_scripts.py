@@ -147,8 +147,36 @@ def test_study_fails_if_one_of_its_processes_does(
 ) -> None:
     """A killed process has a negative status."""
     study_queue, ends = load("study_queue"), iter(statuses)
-    monkeypatch.setattr(study_queue.subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=lambda _: next(ends)))
+
+    def start(*_: Any, **__: Any) -> SimpleNamespace:
+        status = next(ends)
+        return SimpleNamespace(poll=lambda: status)
+
+    monkeypatch.setattr(study_queue.subprocess, "Popen", start)
     assert study_queue.run_study([], time.monotonic() + 60, grace=1, processes=2) == expected
+
+
+def test_running_studies_are_packed_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that vanishes meanwhile, as old checkpoints do, leaves the archive of before."""
+    study_queue, start = load("study_queue"), subprocess.Popen
+    monkeypatch.setattr(study_queue, "PACK_SECONDS", 0.02)
+    sleep = [sys.executable, "-c", "import time; time.sleep(0.5)"]
+    monkeypatch.setattr(study_queue.subprocess, "Popen", lambda *_, **__: start(sleep))
+    archive, runs = tmp_path / "queue.tar", tmp_path / "runs"
+    (runs / "a").mkdir(parents=True)
+    (runs / "a" / "results.csv").write_text("1")
+    packed = []
+
+    def keep() -> None:
+        study_queue.pack_meanwhile(archive, runs, ["a"])
+        packed.append(archive.read_bytes())
+        monkeypatch.setattr(study_queue, "units", lambda study: [[study / "results.csv"], [study / "vanished"]])
+
+    assert study_queue.run_study([], time.monotonic() + 60, grace=1, meanwhile=keep) == 0
+    assert len(packed) > 2
+    assert len(set(packed)) == 1
+    with tarfile.open(archive) as tar:
+        assert tar.getnames() == ["a/results.csv"]
 
 
 def test_archives_have_all_results_and_unfinished_checkpoints_alone(

@@ -72,22 +72,22 @@ class Steps:
     """
 
     def __init__(self, call: Callable[[], Any], wait: Callable[[Any], Any], per_call: int = 1, seconds: float = 0.3):
-        self._call, self._wait, self._per_call, self._calls = call, wait, per_call, 1
+        self._call, self._wait, self.per_call, self.calls = call, wait, per_call, 1
         for _ in range(3 if seconds else 1):
             began = time.perf_counter()
             wait(call())
             self.first = getattr(self, "first", time.perf_counter() - began)  # with compilation
-        self._calls = max(1, min(1000, round(seconds / max(self.seconds() * per_call, 1e-6))))
+        self.calls = max(1, min(1000, round(seconds / max(self.seconds() * per_call, 1e-6))))
 
     def seconds(self, at_least: float = 0.0) -> float:
         """Return the mean seconds of a step in one repetition, or in as many as take a given time."""
         began, calls, passed = time.perf_counter(), 0, 0.0
         while not calls or passed < at_least:
-            for _ in range(self._calls):
+            for _ in range(self.calls):
                 result = self._call()
             self._wait(result)
-            calls, passed = calls + self._calls, time.perf_counter() - began
-        return passed / calls / self._per_call
+            calls, passed = calls + self.calls, time.perf_counter() - began
+        return passed / calls / self.per_call
 
 
 def milliseconds(context: Context, function: Callable[..., Any], *arguments: Any) -> list[float]:

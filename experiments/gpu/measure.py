@@ -56,6 +56,7 @@ JOBS = (
     Job("step torchvision 128", 235),
     Job("variants paper tensorfloat32", 235),
     Job("variants paper bfloat16", 235),
+    Job("variants small tensorfloat32", 235),
     Job("deterministic embedded", 150),
     Job("deterministic paper", 200),
     *(Job(f"seeds {network} {form}", 150) for network in ("small", "cifar") for form in SEED_FORMS),

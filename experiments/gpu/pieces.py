@@ -263,12 +263,15 @@ def compare_forms(
 
 
 def variants(context: Context, network: str, precision: str) -> None:
-    """Time the training step with each form in the place of ours, all in one process and interleaved.
+    """Time the training step with each form in the place of ours, all in one process and interleaved; and its kernels.
 
-    One process, because XLA then chooses the same algorithms for the operations that the variants share.
+    One process, because XLA then chooses the same algorithms for the operations that the variants share. The small
+    networks take several steps a dispatch.
     """
     labels: dict[str, Any] = {"network": network, "batch": 128, "dtype": precision}
     config = configure(context, network, 128, precision)
+    several = {"per_dispatch": STEPS_PER_DISPATCH} if network in SMALL else {}
+    suffix = f", {STEPS_PER_DISPATCH} a dispatch" if several else ""
     without = {name: [kernel for kernel in layers.KERNELS if kernel != name] for name in layers.KERNELS}
 
     def nondeterministic() -> contextlib.AbstractContextManager:
@@ -283,6 +286,8 @@ def variants(context: Context, network: str, precision: str) -> None:
         "ours": contextlib.nullcontext,
         NONDETERMINISTIC: nondeterministic,
         "pooling by select_and_scatter, nondeterministic": plain_pooling,
+        "convolutions one by one": lambda: mock.patch.object(layers, "_NARROW", 0),
+        "all convolutions joined": lambda: mock.patch.object(layers, "_NARROW", 1 << 30),
         "grouped convolutions": lambda: layers.kernels(*without["conv"]),
     }
     for name in ("reduce_window, closed form", "shifted slices, closed form", "banded product, closed form"):
@@ -292,16 +297,20 @@ def variants(context: Context, network: str, precision: str) -> None:
         changes["convolutions by patches"] = lambda: mock.patch.object(layers, "conv", alternatives.conv_by_patches)
     built: dict[str, Steps] = {}
     for name, change in changes.items():
-        with context.attempt(f"step: {name}", **labels), change():
-            built[name] = our_step(context, config, network)
-            context.results.add(f"until the first step is done: {name}", built[name].first, "s", **labels)
-            context.results.add(f"step, alone: {name}", 1000 * built[name].seconds(), "ms", **labels)
+        with context.attempt(f"step: {name}{suffix}", **labels), change():
+            built[name + suffix] = our_step(context, config, network, **several)
+            first = built[name + suffix].first
+            context.results.add(f"until the first step is done: {name}{suffix}", first, "s", **labels)
     # XLA's Triton kernels compute in TF32 with "default" only, cuBLAS with "tensorfloat32", too.
     for other in ("default", "float32") if precision == "tensorfloat32" else ():
         with context.attempt(f"step: {other} precision", **labels):
-            built[f"{other} precision"] = our_step(context, configure(context, network, 128, other), network)
+            changed = configure(context, network, 128, other)
+            built[f"{other} precision{suffix}"] = our_step(context, changed, network, **several)
     seconds = interleaved(context, {name: steps.seconds for name, steps in built.items()})
-    report_steps(context, seconds, config, "ours", **labels)
+    report_steps(context, seconds, config, f"ours{suffix}", **labels)
+    for name, steps in built.items():
+        with context.attempt(f"time of all kernels: {name}", **labels):
+            report_kernels(context, name, kernel_times(steps), **labels)
 
 
 def step(context: Context, network: str, batch_size: str) -> None:
@@ -705,29 +714,40 @@ def report_runs(context: Context, workdir: Path, name: str, **labels: Any) -> No
 
 
 def profile(context: Context, network: str) -> None:
-    """Record the time of each kernel in five training steps, and the longest in a table of their own."""
+    """Record the time of each kernel of a training step, and the longest in a table of their own."""
     batch, precision = 128, "tensorfloat32"
     labels: dict[str, Any] = {"network": network, "batch": batch, "dtype": precision}
-    steps = our_step(context, configure(context, network, batch, precision), network)
-    steps._calls = 5
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            steps.seconds()
-        events = kernel_events(Path(folder))
-    totals: dict[str, list[float]] = {}
-    for name, microseconds in events:
-        totals.setdefault(name, []).append(microseconds)
-    whole = sum(map(sum, totals.values()))
-    context.results.add(
-        "profile: time of all kernels in a step", whole / 5000, "ms", note=f"{len(events) / 5:.0f} kernels", **labels
-    )
+    totals = kernel_times(our_step(context, configure(context, network, batch, precision), network))
+    report_kernels(context, "ours", totals, **labels)
+    whole = sum(milliseconds for milliseconds, _ in totals.values())
     table = context.output.parent / f"profile_{network}.csv"
     with table.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("kernel", "milliseconds a step", "calls a step", "share"))
-        for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:25]:
-            writer.writerow((name, f"{sum(times) / 5000:.4f}", len(times) / 5, f"{sum(times) / whole:.4f}"))
+        for name, (milliseconds, calls) in sorted(totals.items(), key=lambda item: -item[1][0])[:25]:
+            writer.writerow((name, f"{milliseconds:.4f}", calls, f"{milliseconds / whole:.4f}"))
     print(table.read_text())
+
+
+def report_kernels(context: Context, name: str, totals: dict[str, tuple[float, float]], **labels: Any) -> None:
+    """Record the milliseconds of all kernels of a step, and their number."""
+    milliseconds, calls = (sum(column) for column in zip(*totals.values(), strict=True))
+    what, note = f"time of all kernels: {name}", f"{calls:.0f} kernels"
+    context.results.add(what, float(milliseconds), "ms", note=note, **labels)
+
+
+def kernel_times(steps: Steps, calls: int = 5) -> dict[str, tuple[float, float]]:
+    """Return the milliseconds of each kernel in a step, and how often a step calls it."""
+    steps.calls = calls
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            steps.seconds()
+        events = kernel_events(Path(folder))
+    count, totals = calls * steps.per_call, dict[str, tuple[float, float]]()
+    for name, microseconds in events:
+        milliseconds, launches = totals.get(name, (0.0, 0.0))
+        totals[name] = (milliseconds + microseconds / 1000 / count, launches + 1 / count)
+    return totals
 
 
 def kernel_events(folder: Path) -> list[tuple[str, float]]:

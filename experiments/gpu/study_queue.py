@@ -8,12 +8,14 @@ A SPEC is the rest of a command line of `python -m alexnet_jax.main`, in quotes:
 
 With --processes several processes share the runs of each study, because one run of a small network does not fill a GPU.
 
-Before the end the study that runs is asked to stop, and saves a checkpoint; then everything is packed into the archive
-and, beyond 16 MiB, into further ones (queue.1.tar, ...). The same command, with these archives in the same place, goes
-on, in any folder and on any machine. Archives hold no TensorBoard files, and checkpoints only of unfinished runs.
+Every minute, and at the end, everything is packed into the archive and, beyond 16 MiB, into further ones
+(queue.1.tar, ...). Before the end the study that runs is asked to stop, and saves a checkpoint. The same command, with
+these archives in the same place, resumes, in any folder and on any machine. Archives hold no TensorBoard files, and
+checkpoints only of unfinished runs.
 """
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -22,12 +24,13 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PART_BYTES = 15 * 2**20  # of one archive: some machines send back files of at most 16 MiB, and eight of them
 PARTS = 8
+PACK_SECONDS = 60.0  # a machine that is lost loses no more
 
 
 def study_name(spec: str) -> str:
@@ -90,12 +93,23 @@ def pack(archive: Path, folder: Path, names: list[str]) -> None:
     archive.parent.mkdir(parents=True, exist_ok=True)
     for number in range(PARTS):
         path = part_path(archive, number)
-        path.unlink(missing_ok=True)
         if number < len(parts):
-            with tarfile.open(path, "w") as tar:
+            incomplete = path.with_name(f".{path.name}")
+            with tarfile.open(incomplete, "w") as tar:
                 for file in parts[number]:
                     tar.add(file, file.relative_to(folder))
+            incomplete.replace(path)
             print(f"packed {path}: {path.stat().st_size:,} bytes", flush=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def pack_meanwhile(archive: Path, folder: Path, names: list[str]) -> None:
+    """Pack studies that are running; keep the archives of before where a file changes meanwhile."""
+    try:
+        pack(archive, folder, names)
+    except (OSError, tarfile.TarError) as error:  # a checkpoint was removed, or a file cut
+        print(f"not packed this time: {error}", flush=True)
 
 
 def units(study: Path) -> Iterator[list[Path]]:
@@ -117,16 +131,34 @@ def units(study: Path) -> Iterator[list[Path]]:
             yield sorted(path for path in last.rglob("*") if path.is_file())
 
 
-def run_study(arguments: list[str], deadline: float, grace: float, processes: int = 1) -> int | None:
-    """Run a study; return the exit status of a process that failed, or 0; None if it was stopped at the deadline."""
+def run_study(
+    arguments: list[str],
+    deadline: float,
+    grace: float,
+    processes: int = 1,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> int | None:
+    """Run a study; return the exit status of a process that failed, or 0; None if it was stopped at the deadline.
+
+    Args:
+      meanwhile: called every `PACK_SECONDS`.
+    """
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    if processes > 1:  # each would take three quarters of the card's memory
-        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    # Otherwise each process would take three quarters of the card's memory, which other queues may need, too.
+    environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     command = [sys.executable, "-m", "alexnet_jax.main", *arguments]
     running = [subprocess.Popen(command, cwd=REPOSITORY, env=environment) for _ in range(processes)]
     try:
-        statuses = [process.wait(max(0.0, deadline - time.monotonic())) for process in running]
+        while None in (statuses := [process.poll() for process in running]):
+            unfinished = running[statuses.index(None)]
+            left = deadline - time.monotonic()
+            try:
+                unfinished.wait(max(0.0, min(left, PACK_SECONDS)))
+            except subprocess.TimeoutExpired:
+                if left <= PACK_SECONDS:
+                    raise
+                meanwhile()
         return next(filter(None, statuses), 0)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         for process in running:
@@ -166,6 +198,7 @@ def main() -> None:
     unpack(options.archive, folder)
     done_path = done_file(options.archive, folder)
     done = json.loads(done_path.read_text()) if done_path.exists() else {}
+    studies = (options.archive, folder, list(names))
     try:
         for name, spec in names.items():
             if done.get(name) == spec:
@@ -175,7 +208,9 @@ def main() -> None:
                 print(f"{name}: no time left; run the command again to resume", flush=True)
                 break
             arguments = [argument for argument in shlex.split(spec) if not argument.startswith("--workdir=")]
-            status = run_study([*arguments, f"--workdir={folder / name}"], deadline, options.grace, options.processes)
+            command = [*arguments, f"--workdir={folder / name}"]
+            keep = functools.partial(pack_meanwhile, *studies)
+            status = run_study(command, deadline, options.grace, options.processes, keep)
             if status is None:
                 print(f"{name}: stopped; run the command again to resume", flush=True)
                 break
@@ -185,7 +220,7 @@ def main() -> None:
                 done[name] = spec
                 done_path.write_text(json.dumps(done, indent=2))
     finally:
-        pack(options.archive, folder, list(names))
+        pack(*studies)
     if any(done.get(name) != spec for name, spec in names.items()):
         sys.exit(1)
 
