@@ -289,6 +289,7 @@ def variants(context: Context, network: str, precision: str) -> None:
         "convolutions one by one": lambda: mock.patch.object(layers, "_NARROW", 0),
         "all convolutions joined": lambda: mock.patch.object(layers, "_NARROW", 1 << 30),
         "grouped convolutions": lambda: layers.kernels(*without["conv"]),
+        "layout NHWC forced": lambda: mock.patch.dict(parallel.GPU_COMPILER_OPTIONS, xla_gpu_force_conv_nhwc=True),
     }
     for name in ("reduce_window, closed form", "shifted slices, closed form", "banded product, closed form"):
         form = alternatives.LRN[name]

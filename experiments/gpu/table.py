@@ -117,6 +117,26 @@ TARGETS = (
         "step small",
     ),
     Target(
+        "the same with a convolution for each tower; with grouped ones; with products with patches",
+        "stated",
+        "{:.2f}; {:.2f}; {:.2f} ms",
+        tuple(
+            Value(f"step: {form}, 25 a dispatch", "small", unit="ms")
+            for form in ("convolutions one by one", "grouped convolutions", "convolutions by patches")
+        ),
+        "variants small",
+    ),
+    Target(
+        "the same, time of all its kernels; with a convolution for each tower",
+        "stated",
+        "{:.2f}; {:.2f} ms",
+        tuple(
+            Value(f"time of all kernels: {form}, 25 a dispatch", "small", unit="ms")
+            for form in ("ours", "convolutions one by one")
+        ),
+        "variants small",
+    ),
+    Target(
         "the same, beside PyTorch without CUDA graphs and with them",
         "2 and 1.0 times PyTorch's images/s",
         "{:.2f} and {:.2f} times",
