@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
@@ -32,10 +34,11 @@ def make_optimizer(
     the velocity, so after a decay step the old velocity fades over some steps, as does that of a frozen layer. "sgd"
     and "adamw" multiply the whole update by the current learning rate, as PyTorch does.
 
-    Its `update(gradients, state, params, plateau_decays=0)` counts its steps. Its state is a pytree of arrays.
+    Its `update(gradients, state, params, peak=peak_learning_rate(config))` counts its steps. Its state is a pytree of
+    arrays.
 
     Args:
-      config: the `optim` section.
+      config: the `optim` section, of which `learning_rate` is not used: runs that differ in it share a program.
       layers: `model.layers`; a layer may have its own weight decay, decay epochs and freeze epoch. What is not the
         kernel of a layer follows `optim.biases`.
       steps_per_epoch: need not be an integer.
@@ -62,11 +65,16 @@ def make_optimizer(
 
 
 def learning_rate(
-    config: ConfigDict, steps_per_epoch: float, steps: int, step: ArrayLike, plateau_decays: ArrayLike = 0
+    config: ConfigDict, steps_per_epoch: float, steps: int, step: ArrayLike, plateau_decays: int = 0
 ) -> jax.Array:
     """Return the base learning rate at a step, counted from 0; other arguments are those of `make_optimizer`."""
     schedule = _schedule(config, _rule(config), steps_per_epoch, steps)
-    return schedule(jnp.asarray(step)) * _plateau_factor(config, plateau_decays)
+    return schedule(jnp.asarray(step), peak_learning_rate(config, plateau_decays))
+
+
+def peak_learning_rate(config: ConfigDict, plateau_decays: int = 0) -> np.float32:
+    """Return the base learning rate without its schedule, after so many decays on plateau."""
+    return np.float32(config.learning_rate * config.decay_factor**plateau_decays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +124,7 @@ def _chain(
 ) -> optax.GradientTransformationExtraArgs:
     weight_decay = optax.add_decayed_weights(rule.weight_decay)
     momentum = optax.trace(config.momentum)
-    scale = _scale_by_learning_rate(config, _schedule(config, rule, steps_per_epoch, steps))
+    scale = _scale_by_learning_rate(_schedule(config, rule, steps_per_epoch, steps))
     match config.name:
         case "paper":
             return optax.chain(weight_decay, scale, momentum)
@@ -127,23 +135,23 @@ def _chain(
     raise ValueError(f"optim.name={config.name}: must be one of config.OPTIMIZERS")
 
 
-def _scale_by_learning_rate(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Multiply updates by the negative learning rate, as optax's, but with decay on plateau."""
+def _scale_by_learning_rate(schedule: Callable[..., jax.Array]) -> optax.GradientTransformationExtraArgs:
+    """Multiply updates by the negative learning rate, as optax's, but of a peak that may change."""
 
     def init(_: Any) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
     def update(
-        updates: Any, state: optax.ScaleByScheduleState, _: Any = None, *, plateau_decays: ArrayLike = 0
+        updates: Any, state: optax.ScaleByScheduleState, _: Any = None, *, peak: ArrayLike
     ) -> tuple[Any, optax.ScaleByScheduleState]:
-        rate = schedule(state.count) * _plateau_factor(config, plateau_decays)
+        rate = schedule(state.count, peak)
         return jax.tree.map(lambda leaf: -rate * leaf, updates), optax.ScaleByScheduleState(state.count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _schedule(config: ConfigDict, rule: _Rule, steps_per_epoch: float, steps: int) -> optax.Schedule:
-    """Return the learning rate as a function of the step, counted from 0."""
+def _schedule(config: ConfigDict, rule: _Rule, steps_per_epoch: float, steps: int) -> Callable[..., jax.Array]:
+    """Return the learning rate as a function of the step, counted from 0, and the peak of the base learning rate."""
 
     def first_step(epoch: float) -> int:
         return min(round(epoch * steps_per_epoch), 2**31 - 1)  # steps are counted in int32
@@ -159,9 +167,4 @@ def _schedule(config: ConfigDict, rule: _Rule, steps_per_epoch: float, steps: in
         factors.append(optax.linear_schedule(0.0, 1.0, warmup))
     if rule.freeze_epoch is not None:
         factors.append(optax.piecewise_constant_schedule(1.0, {first_step(rule.freeze_epoch): 0.0}))
-    peak = config.learning_rate * rule.multiplier
-    return lambda step: math.prod((factor(step) for factor in factors), start=peak)
-
-
-def _plateau_factor(config: ConfigDict, plateau_decays: ArrayLike) -> jax.Array:
-    return jnp.float32(config.decay_factor) ** jnp.asarray(plateau_decays)
+    return lambda step, peak: math.prod((factor(step) for factor in factors), start=peak * rule.multiplier)

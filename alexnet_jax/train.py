@@ -140,17 +140,17 @@ def _no_sums(towers: int) -> dict[str, np.ndarray]:
 
 
 def make_train_step(setup: Setup) -> Callable[..., State]:
-    """Return the compiled training step `(state, batch, statistics, seed, step, plateau_decays) -> state`.
+    """Return the compiled training step `(state, batch, statistics, seed, step, peak) -> state`.
 
-    Runs whose configs differ only in their seed share one program. The step donates its state. Crops, flips, colour
-    noise and dropout are functions of (seed, step), where the first step is 1; learning rates of (step,
-    plateau_decays), the number of decays on plateau so far.
+    Runs whose configs differ only in their seed or learning rate share one program. The step donates its state. Crops,
+    flips, colour noise and dropout are functions of (seed, step), where the first step is 1; learning rates of the step
+    and of `peak`, the base learning rate without its schedule (`optim.peak_learning_rate`).
     """
     return _compile_step(*_step_arguments(setup), setup.executor)
 
 
 def make_resident_steps(setup: Setup) -> Callable[..., State]:
-    """Return several steps as one program: `(images, state, batch, statistics, seed, step, plateau_decays) -> state`.
+    """Return several steps as one program: `(images, state, batch, statistics, seed, step, peak) -> state`.
 
     It selects its batches from images on the devices (`Setup.images_on_devices`), as `loader.resident_train_batches`
     says; `step` is the first one. Otherwise it is as `make_train_step`.
@@ -159,9 +159,10 @@ def make_resident_steps(setup: Setup) -> Callable[..., State]:
 
 
 def _step_arguments(setup: Setup) -> tuple[FrozenConfigDict, int, float, int]:
-    """Return all that a training step depends on, without the seed: the arguments of `_tower_step`."""
-    config = FrozenConfigDict({section: setup.config[section] for section in SECTIONS})
-    return config, setup.dataset.classes, setup.steps_per_epoch, setup.steps
+    """Return all that a training step depends on but for its arguments: the arguments of `_tower_step`."""
+    sections = {section: dict(setup.config[section]) for section in SECTIONS}
+    del sections["optim"]["learning_rate"]
+    return FrozenConfigDict(sections), setup.dataset.classes, setup.steps_per_epoch, setup.steps
 
 
 @functools.lru_cache(maxsize=32)
@@ -186,12 +187,12 @@ def _compile_resident_steps(
         statistics: Statistics,
         seed: Array,
         first: Array,
-        plateau_decays: Array,
+        peak: Array,
     ) -> State:
         def one_step(state: State, scanned: tuple[Array, Array, Array]) -> tuple[State, None]:
             step, positions, labels = scanned
             selected = {"image": images.at[positions].get(mode="clip"), "label": labels}
-            return tower_step(state, selected, statistics, seed, step, plateau_decays), None
+            return tower_step(state, selected, statistics, seed, step, peak), None
 
         count = batch["label"].shape[1]
         scanned = (first + jnp.arange(count), batch["position"].T, batch["label"].T)
@@ -211,7 +212,7 @@ def _tower_step(config: FrozenConfigDict, classes: int, steps_per_epoch: float, 
 
     @jax.default_matmul_precision(config.train.matmul_precision)
     def tower_step(
-        state: State, batch: dict[str, Array], statistics: Statistics, seed: Array, step: Array, plateau_decays: Array
+        state: State, batch: dict[str, Array], statistics: Statistics, seed: Array, step: Array, peak: Array
     ) -> State:
         views_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
         noise_on = noise_until is None or step - 1 < round(noise_until * steps_per_epoch)
@@ -230,7 +231,7 @@ def _tower_step(config: FrozenConfigDict, classes: int, steps_per_epoch: float, 
         totals = {name: values.sum() for name, values in metrics.items()}
         totals["images"] = jnp.float32(len(batch["label"]))
         gradients, totals = lax.psum((gradients, totals), DATA)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, plateau_decays=plateau_decays)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, peak=peak)
         return State(
             params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,
@@ -322,8 +323,9 @@ def _train(
                     break
                 timer.begin(len(span), state)
                 with jax.profiler.StepTraceAnnotation("train", step_num=span.stop):
-                    decays = np.int32(progress.plateau.decays)
-                    state = train_steps(state, batch, stats, np.uint32(config.seed), np.int32(span.start + 1), decays)
+                    decays = progress.plateau.decays
+                    peak = optim.peak_learning_rate(config.optim, decays)
+                    state = train_steps(state, batch, stats, np.uint32(config.seed), np.int32(span.start + 1), peak)
                 timer.count(len(span) * config.train.batch_size, state)
                 progress.step = step = span.stop
                 writer.progress(step)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import parallel, processes, train
+from alexnet_jax import optim, parallel, processes, train
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.data.datasets import Arrays
 from alexnet_jax.evaluate import evaluate, make_predictor
@@ -49,7 +49,9 @@ def train_steps(setup: train.Setup) -> train.State:
     state = executor.place(train.init_state(setup))
     for number in range(1, STEPS + 1):
         batch = {key: rows_of_all[rows] for key, rows_of_all in noise_batch(config, 8, seed=number).items()}
-        state = step(state, batch, statistics, np.uint32(config.seed), np.int32(number), np.int32(0))
+        state = step(
+            state, batch, statistics, np.uint32(config.seed), np.int32(number), optim.peak_learning_rate(config.optim)
+        )
     return state
 
 

@@ -523,7 +523,7 @@ def trace_step(setup: train.Setup) -> None:
     state = jax.eval_shape(functools.partial(train.new_state, config), variables)
     shape = (config.train.batch_size, data.image_size, data.image_size, channels)
     batch = {"image": np.broadcast_to(np.uint8(0), shape), "label": np.zeros(shape[0], np.int32)}
-    scalars = (np.uint32(config.seed), np.int32(1), np.int32(0))
+    scalars = (np.uint32(config.seed), np.int32(1), optim.peak_learning_rate(config.optim))
     jax.eval_shape(train.make_train_step(setup), state, batch, random_statistics(config, channels), *scalars)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from alexnet_jax import layers, model, train
+from alexnet_jax import layers, model, optim, train
 from alexnet_jax.evaluate import per_example_metrics
 from alexnet_jax.parallel import DATA, TOWER, Executor
 from alexnet_jax.tools import summary
@@ -79,7 +79,14 @@ def bytes_sent(config: ConfigDict, towers: int, shards: int) -> float:
     setup = train.Setup(config, setup.dataset, Unmapped("shard_map", towers, shards))
     state = jax.tree.map(lambda leaf: leaf[0], train.init_state(setup))
     batch = noise_batch(config, config.train.batch_size // shards)
-    arguments = (state, batch, random_statistics(config, 1), np.uint32(0), np.int32(1), np.int32(0))
+    arguments = (
+        state,
+        batch,
+        random_statistics(config, 1),
+        np.uint32(0),
+        np.int32(1),
+        optim.peak_learning_rate(config.optim),
+    )
     program: Any = jax.make_jaxpr(train.make_train_step(setup), axis_env=list(sizes.items()))(*arguments)
     return sum(count for _, count in summary.collectives(program.jaxpr, sizes))
 

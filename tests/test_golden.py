@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from alexnet_jax import train
+from alexnet_jax import optim, train
 from alexnet_jax.data.datasets import Arrays, Dataset
 from alexnet_jax.parallel import Executor
 from support import network_config, random_statistics, reduced, run_config
@@ -72,7 +72,7 @@ def first_steps(config: ConfigDict) -> dict[str, float]:
     for step in range(1, STEPS + 1):
         images = generator.integers(0, 256, (count, size, size, channels)).astype(np.uint8)
         batch = {"image": images, "label": generator.integers(0, 10, count).astype(np.int32)}
-        state = train_step(state, batch, stats, np.uint32(0), np.int32(step), np.int32(0))
+        state = train_step(state, batch, stats, np.uint32(0), np.int32(step), optim.peak_learning_rate(config.optim))
         before, total = total, float(state.sums["loss"][0])
         numbers[f"loss of step {step}"] = (total - before) / count
     changes = jax.tree.map(lambda after, before: np.asarray(after) - before, state.params, initial.params)

@@ -11,7 +11,7 @@ import pytest
 from jax import export
 from ml_collections import ConfigDict
 
-from alexnet_jax import model, train
+from alexnet_jax import model, optim, train
 from alexnet_jax.evaluate import make_predictor
 from support import TINY, noise_setup, random_statistics, run_config
 
@@ -48,7 +48,7 @@ def programs(name: str, platform: str) -> dict[str, export.Exported]:
     batch = {"image": images, "label": jax.ShapeDtypeStruct((config.train.batch_size,), np.int32)}
     step: Any = train.make_train_step(setup)
     predict: Any = make_predictor(config, classes, setup.executor)
-    scalars = abstract((np.uint32(0), np.int32(1), np.int32(0)))
+    scalars = abstract((np.uint32(0), np.int32(1), optim.peak_learning_rate(config.optim)))
     return {
         "step": export.export(step, platforms=[platform])(state, batch, statistics, *scalars),
         "predictor": export.export(predict.__wrapped__, platforms=[platform])(state.variables, statistics, images),

@@ -64,12 +64,12 @@ def run(config: ConfigDict, params: Params, plateau_decays: int = 0) -> Iterator
     """Yield each step, its gradients and the parameters after it."""
     generator = np.random.default_rng(1)
     optimizer = make_optimizer(config)
-    update = jax.jit(optimizer.update)
+    update, peak = jax.jit(optimizer.update), optim.peak_learning_rate(config.optim, plateau_decays)
     current = jax.tree.map(jnp.asarray, params)
     state = optimizer.init(current)
     for step in range(STEPS):
         gradients = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape), params)
-        updates, state = update(gradients, state, current, plateau_decays=plateau_decays)
+        updates, state = update(gradients, state, current, peak=peak)
         current = optax.apply_updates(current, updates)
         yield step, gradients, current
 
@@ -182,7 +182,7 @@ def test_state_of_two_towers_survives_a_checkpoint(changes: dict[str, Any], tmp_
     optimizer = make_optimizer(run_config("imagenet2012", **changes))
     params = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), random_params(np.random.default_rng(0)))
     fresh = jax.vmap(optimizer.init)(params)
-    _, state = jax.vmap(lambda p, s: optimizer.update(p, s, p))(params, fresh)
+    _, state = jax.vmap(lambda p, s: optimizer.update(p, s, p, peak=0.01))(params, fresh)
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(state))
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(1, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))

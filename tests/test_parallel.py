@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from alexnet_jax import evaluate, model, parallel, train
+from alexnet_jax import evaluate, model, optim, parallel, train
 from alexnet_jax.parallel import DATA, TOWER, Executor, make_executor
 from support import (
     TINY,
@@ -65,7 +65,9 @@ def run_steps(executor: str, config: ConfigDict, steps: int) -> Iterator[train.S
     state = place(train.init_state(setup))
     for number in range(1, steps + 1):
         batch = noise_batch(config, config.train.batch_size, seed=number)
-        state = step(state, batch, statistics, np.uint32(config.seed), np.int32(number), np.int32(0))
+        state = step(
+            state, batch, statistics, np.uint32(config.seed), np.int32(number), optim.peak_learning_rate(config.optim)
+        )
         yield jax.device_get(state)
 
 
@@ -81,7 +83,9 @@ def lower_step(setup: train.Setup) -> jax.stages.Lowered:
     state = jax.eval_shape(partial(train.new_state, config), variables)
     batch, statistics = noise_batch(config, config.train.batch_size), random_statistics(config, dataset.channels)
     step: Any = train.make_train_step(setup)
-    return step.__wrapped__.lower(state, batch, statistics, np.uint32(0), np.int32(1), np.int32(0))
+    return step.__wrapped__.lower(
+        state, batch, statistics, np.uint32(0), np.int32(1), optim.peak_learning_rate(config.optim)
+    )
 
 
 def operations(operation: Any) -> Iterator[Any]:
@@ -378,7 +382,7 @@ from alexnet_jax import parallel
 parallel.ensure_host_devices(2)
 import jax
 import numpy as np
-from alexnet_jax import train
+from alexnet_jax import optim, train
 from alexnet_jax.data.loader import train_batches
 from support import TINY, random_statistics, run_config
 config = run_config(**TINY)
@@ -387,7 +391,7 @@ assert setup.executor.name == "pmap"
 step, statistics = train.make_train_step(setup), random_statistics(config, 1)
 state = setup.executor.place(train.init_state(setup))
 for number, batch in enumerate(train_batches(setup.dataset.train, config, seed=0, start=0, stop=200), 1):
-    state = step(state, batch, statistics, np.uint32(0), np.int32(number), np.int32(0))
+    state = step(state, batch, statistics, np.uint32(0), np.int32(number), optim.peak_learning_rate(config.optim))
     if number == 1:
         jax.block_until_ready(state)
         pathlib.Path(os.environ["COMPILED"]).touch()

@@ -22,7 +22,7 @@ import pytest
 from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alexnet_jax import evaluate, metrics, parallel, stop, train
+from alexnet_jax import evaluate, metrics, optim, parallel, stop, train
 from alexnet_jax.checkpoint import Checkpoints, load_run
 from alexnet_jax.config import as_json
 from alexnet_jax.data import datasets, loader, prepare, sources, statistics
@@ -186,10 +186,13 @@ def test_same_seed_gives_the_same_run(tmp_path: Path, whole: Path, tiny: ConfigD
     assert_same_run(tiny, whole, tmp_path)
 
 
-def test_another_seed_gives_another_run_and_compiles_nothing(tmp_path: Path, whole: Path) -> None:
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"optim.learning_rate": 0.002}], ids=["seed", "learning_rate"])
+def test_another_seed_or_learning_rate_gives_another_run_and_compiles_nothing(
+    changes: dict[str, Any], tmp_path: Path, whole: Path
+) -> None:
     misses = [cache.cache_info().misses for cache in (train._compile_resident_steps, evaluate._make_predictor)]
     with compilations() as compiled:
-        train.train_and_evaluate(run_config(seed=1, **TINY), tmp_path)
+        train.train_and_evaluate(run_config(**TINY | changes), tmp_path)
     assert compiled == []
     assert [cache.cache_info().misses for cache in (train._compile_resident_steps, evaluate._make_predictor)] == misses
     assert logged(tmp_path)[0]["train/loss"] != logged(whole)[0]["train/loss"]
@@ -205,7 +208,7 @@ def test_statistics_are_arguments_of_the_compiled_functions() -> None:
     def step_and_predict(stats: statistics.Statistics) -> tuple[np.ndarray, np.ndarray]:
         placed, state = executor.replicate(stats), executor.place(train.init_state(setup))
         logits = predictor(state.variables, placed, batch["image"])
-        state = train_step(state, batch, placed, np.uint32(0), np.int32(1), np.int32(0))
+        state = train_step(state, batch, placed, np.uint32(0), np.int32(1), optim.peak_learning_rate(config.optim))
         return jax.device_get((state.params["conv1"]["kernel"], logits))
 
     first = step_and_predict(measured)
@@ -574,7 +577,7 @@ def test_frozen_layer_does_not_change_from_its_epoch_on() -> None:
     changed = []
     for step, batch in enumerate(train_batches(setup.dataset.train, config, seed=0, start=0, stop=9), 1):
         before = jax.device_get(state.params)
-        state = train_step(state, batch, stats, np.uint32(0), np.int32(step), np.int32(0))
+        state = train_step(state, batch, stats, np.uint32(0), np.int32(step), optim.peak_learning_rate(config.optim))
         after = jax.device_get(state.params)
         changed.append({name for name in before if (before[name]["kernel"] != after[name]["kernel"]).any()})
     assert changed == [set(config.model.order)] * 8 + [set(config.model.order) - {"conv1"}]
@@ -686,7 +689,7 @@ def test_state_is_donated() -> None:
     state = setup.executor.place(train.init_state(setup))
     batch = next(train_batches(setup.dataset.train, config, seed=0, start=0, stop=1))
     stats = setup.executor.replicate(random_statistics(config, 1))
-    train.make_train_step(setup)(state, batch, stats, np.uint32(0), np.int32(1), np.int32(0))
+    train.make_train_step(setup)(state, batch, stats, np.uint32(0), np.int32(1), optim.peak_learning_rate(config.optim))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 

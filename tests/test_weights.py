@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from ml_collections import ConfigDict
 
-from alexnet_jax import model, train, weights
+from alexnet_jax import model, optim, train, weights
 from alexnet_jax.checkpoint import TrainedNetwork, load_run, save_run
 from alexnet_jax.data import datasets
 from alexnet_jax.data.loader import train_batches
@@ -308,7 +308,7 @@ def test_layer_frozen_at_epoch_0_keeps_the_weights_that_it_starts_from(tmp_path:
     state = setup.executor.place(train.new_state(config, initial.variables))
     step, statistics = train.make_train_step(setup), random_statistics(config, 1)
     for number, batch in enumerate(train_batches(dataset.train, config, seed=0, start=0, stop=3), 1):
-        state = step(state, batch, statistics, np.uint32(0), np.int32(number), np.int32(0))
+        state = step(state, batch, statistics, np.uint32(0), np.int32(number), optim.peak_learning_rate(config.optim))
     before, after = source.variables["params"], jax.device_get(state.params)
     unchanged = {
         layer for layer in before if all((before[layer][part] == after[layer][part]).all() for part in before[layer])

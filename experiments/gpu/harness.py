@@ -23,7 +23,7 @@ import numpy as np
 from measure import MACHINE, Results
 from ml_collections import ConfigDict
 
-from alexnet_jax import parallel, train
+from alexnet_jax import optim, parallel, train
 from alexnet_jax.tools import summary
 
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")  # the last: `model.dtype`; the others: `train.matmul_precision`
@@ -216,7 +216,7 @@ def our_step(context: Context, config: ConfigDict, network: str, *, per_dispatch
 
     def call() -> Any:
         nonlocal state, number
-        state = step(state, batch, statistics, np.uint32(0), np.int32(number), np.int32(0))
+        state = step(state, batch, statistics, np.uint32(0), np.int32(number), optim.peak_learning_rate(config.optim))
         number += per_dispatch or 1
         return state
 

@@ -47,7 +47,7 @@ from measure import MACHINE
 from ml_collections import ConfigDict
 
 import support
-from alexnet_jax import layers, model, parallel, train
+from alexnet_jax import layers, model, optim, parallel, train
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import reference_run
 from alexnet_jax.configs import base
@@ -398,7 +398,14 @@ def report_memory(context: Context, config: ConfigDict, **labels: Any) -> None:
     """Record the memory of the compiled step: arguments, results that do not reuse them, and temporary memory."""
     setup, statistics = our_setup(config, labels["network"])
     examples = random_examples(config, setup.dataset.classes, config.train.batch_size)
-    arguments = (train.init_state(setup), examples, statistics, np.uint32(0), np.int32(1), np.int32(0))
+    arguments = (
+        train.init_state(setup),
+        examples,
+        statistics,
+        np.uint32(0),
+        np.int32(1),
+        optim.peak_learning_rate(config.optim),
+    )
     memory = train.make_train_step(setup).lower(*arguments).compile().memory_analysis()
     size = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = (size + memory.temp_size_in_bytes) / 1e6
@@ -578,7 +585,7 @@ def seeds_in_one_program(context: Context, config: ConfigDict, network: str, for
     def all_seeds(state: Any, batches: Any, statistics: Any, numbers: jax.Array, step: Any) -> Any:
         def one_seed(of_seed: Any) -> Any:
             state, batch, seed = of_seed
-            return one(state, batch, statistics, seed, step, np.int32(0))
+            return one(state, batch, statistics, seed, step, optim.peak_learning_rate(config.optim))
 
         return (
             lax.map(one_seed, (state, batches, numbers))

@@ -28,7 +28,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from alexnet_jax import model, parallel, train
+from alexnet_jax import model, optim, parallel, train
 from alexnet_jax.tools import summary
 from experiments.speed import baselines, cost
 
@@ -68,7 +68,7 @@ def compile_step(config: ConfigDict, network: str, executor: parallel.Executor) 
     return step.lower(
         described(state, parallel.TOWER),
         described(examples, *[parallel.DATA] if executor.name == "shard_map" else []),
-        *described((statistics, np.uint32(0), np.int32(1), np.int32(0))),
+        *described((statistics, np.uint32(0), np.int32(1), optim.peak_learning_rate(config.optim))),
     ).compile()
 
 

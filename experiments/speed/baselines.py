@@ -20,7 +20,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import parallel
+from alexnet_jax import optim, parallel
 from alexnet_jax.config import reference_run
 
 if TYPE_CHECKING:
@@ -123,7 +123,9 @@ def ours(network: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
         number += 1
         batch = {"image": images, "label": labels}
         with layers.kernels(*kernels):
-            state = step(state, batch, replicated, np.uint32(0), np.int32(number), np.int32(0))
+            state = step(
+                state, batch, replicated, np.uint32(0), np.int32(number), optim.peak_learning_rate(config.optim)
+            )
         jax.block_until_ready(state)
 
     return train_step
@@ -295,7 +297,9 @@ def startup() -> None:
     state = setup.executor.place(train.init_state(setup))
     batch = next(loader.train_batches(setup.dataset.train, config, seed=0, start=0, stop=1))
     step = train.make_train_step(setup)
-    jax.block_until_ready(step(state, batch, measured, np.uint32(0), np.int32(1), np.int32(0)))
+    jax.block_until_ready(
+        step(state, batch, measured, np.uint32(0), np.int32(1), optim.peak_learning_rate(config.optim))
+    )
     print("ready", flush=True)
 
 

@@ -95,7 +95,7 @@ def other_operations(setup: train.Setup, network: str, state: train.State) -> It
 
     def update(params: Any, opt_state: Any, gradients: Any) -> Any:
         optimizer = optim.make_optimizer(config.optim, config.model.layers, setup.steps_per_epoch, setup.steps)
-        return optimizer.update(gradients, opt_state, params, plateau_decays=0)
+        return optimizer.update(gradients, opt_state, params, peak=optim.peak_learning_rate(config.optim))
 
     mapped = partial(executor.map, out_axes=TOWER)
     yield "", "augmentation", "forward", mapped(inputs, in_axes=(TOWER, DATA)), (state.sums, images)
