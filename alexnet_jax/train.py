@@ -160,7 +160,7 @@ def make_resident_steps(setup: Setup) -> Callable[..., State]:
 
 def _step_arguments(setup: Setup) -> tuple[FrozenConfigDict, int, float, int]:
     """Return all that a training step depends on but for its arguments: the arguments of `_tower_step`."""
-    sections = {section: dict(setup.config[section]) for section in SECTIONS}
+    sections = {section: setup.config[section].to_dict() for section in SECTIONS}
     del sections["optim"]["learning_rate"]
     return FrozenConfigDict(sections), setup.dataset.classes, setup.steps_per_epoch, setup.steps
 
