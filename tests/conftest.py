@@ -18,6 +18,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)  # bytes; with a limit, JAX locks the folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    # Most programs take longer to compile than to run. With XLA_FLAGS= the code is as optimised as a user's.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import numpy as np
@@ -26,7 +28,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from alexnet_jax import stop
-from support import REPOSITORY, TESTS, TINY, command, run_config
+from support import OPTIMISED, REPOSITORY, TESTS, TINY, command, run_config
 
 jax.config.update("jax_num_cpu_devices", 2)
 gc.set_threshold(50_000)  # tracing allocates much, and little of it is garbage
@@ -104,7 +106,8 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[
 
     def run() -> subprocess.CompletedProcess[str]:
         less = ("--only=lrn,no_lrn", "--seeds=0:2", "--config.train.epochs=0.2")  # 100 steps
-        return command("alexnet_jax.main", "--config=configs/ablation_lrn.py", *less, f"--workdir={folder}")
+        arguments = ("--config=configs/ablation_lrn.py", *less, f"--workdir={folder}")
+        return command("alexnet_jax.main", *arguments, environment=OPTIMISED)
 
     first = run()
     assert first.returncode == 0, first.stderr

@@ -127,6 +127,9 @@ def noise_setup(config: ConfigDict, executor: str = "auto") -> train.Setup:
     return train.Setup(config, noise_dataset(config), devices)
 
 
+OPTIMISED = {"XLA_FLAGS": ""}  # of commands that train for long: conftest.py has code optimised less
+
+
 def command(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run `python -m` with the arguments in the repository, as a user does."""
     return subprocess.run(

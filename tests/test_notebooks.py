@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from support import REPOSITORY
+from support import OPTIMISED, REPOSITORY
 
 EXPERIMENTS = REPOSITORY / "experiments"
 execute = SimpleNamespace(**runpy.run_path(str(EXPERIMENTS / "execute.py")))
@@ -39,8 +39,9 @@ def texts(notebook: nbformat.NotebookNode) -> list[list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS)
-def test_committed_outputs_are_current(path: Path) -> None:
+def test_committed_outputs_are_current(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A study's notebook must also not need JAX."""
+    monkeypatch.setenv("XLA_FLAGS", OPTIMISED["XLA_FLAGS"])
     committed = nbformat.read(path, as_version=4)
     expected = texts(committed)
     assert any(expected), "no outputs: run experiments/execute.py"
