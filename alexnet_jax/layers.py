@@ -157,7 +157,7 @@ def _conv_of_towers(plain: Callable[[jax.Array, jax.Array], jax.Array]) -> tuple
 
     The towers' features are side by side, and so are the channels of images that differ between towers: the kernel is
     zero from one tower's channels to another's features. That takes a GPU less time than a convolution for each tower,
-    or a grouped one (experiments/gpu). Wide towers, whose zeros would take longer, are convolved one by one.
+    or a grouped one (experiments/gpu). Wide towers, for which that was not measured, are convolved one by one.
     """
     value = unrolled_vmap(plain)
     gradient = unrolled_vmap(lambda cotangent, images, kernel: jax.vjp(plain, images, kernel)[1](cotangent))
