@@ -116,14 +116,17 @@ def test_committed_tables_and_the_sentences_about_them_are_current(figure1: Modu
     sentences = {  # study: what is said, seeds, and the ratios that it describes
         "code2012": ("tanh takes about seven times as many epochs as ReLU", "Ten fresh seeds", "10", (6.5, 7.4)),
         "code2012_5000": ("it takes about twice as many", "Three fresh seeds", "3", (1.8, 2.3)),
+        "fan_in_5000": ("no difference is seen: tanh takes 1.07 times", "Five fresh seeds", "5", (1.06, 1.21)),
     }
     for study, (sentence, seeds, n, (low, high)) in sentences.items():
         _, _, trials, found, _, _, ratio, *_ = by_arm[figure1.STUDIES[study], "tanh"]
         assert sentence in " ".join(text.split())
-        assert f"{seeds} " in text
+        assert f"{seeds} " in " ".join(text.split())
         assert found == n
         assert low < float(ratio.removesuffix(" times")) < high
         assert low < float(trials) < high
+    assert "the interval, 0.70 to 1.65," in " ".join(text.split())
+    assert by_arm["weights by fan-in, 5,000 images", "tanh"][7] == "0.695 to 1.65"
     _, with_choice = intervals = by_arm["weights of 2012", "tanh"][7:]
     assert with_choice
     assert all(float(interval.split(" to ")[0]) > 6 for interval in intervals)

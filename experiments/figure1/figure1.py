@@ -32,6 +32,7 @@ STUDIES = {
     "code2012": "weights of 2012",
     "fan_in": "weights by fan-in",
     "code2012_5000": "weights of 2012, 5,000 images",
+    "fan_in_5000": "weights by fan-in, 5,000 images",
 }
 LINES = {"relu": "C0-", "tanh": "C1--", "scaled_tanh": "C2-."}  # colour and line of each arm
 ERROR, METRIC = "train_eval/top1_error", "train_eval_epochs_to_25"
