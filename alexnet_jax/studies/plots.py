@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
 from alexnet_jax.studies.analysis import AT_LEAST, AT_MOST, TARGET_ERROR, compare, is_fraction
 
@@ -28,8 +28,8 @@ def plot_effects(effects: pd.DataFrame) -> Figure:
     """Plot the claims as a forest plot: differences of errors, ratios, and other differences on axes of their own.
 
     A dot and a line are the effect measured and its 95 % CI, a triangle points from a bound to where the effect is, the
-    diamond is the paper's effect, the grey band the margin of "no effect". The frames of several studies may be
-    concatenated.
+    diamond is the paper's effect, the grey band the margin of "no effect". The axis of errors is linear up to 2
+    points, and logarithmic beyond. The frames of several studies may be concatenated.
     """
     units = effects.apply(_unit, axis="columns")
     counts = units.value_counts(sort=False)
@@ -41,6 +41,12 @@ def plot_effects(effects: pd.DataFrame) -> Figure:
         axes.axvline(1 if unit == RATIO else 0, color="black", linewidth=1)
         if unit == RATIO:
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+        elif unit == POINTS:
+            axes.set_xscale("symlog", linthresh=2)
+            axes.xaxis.set_major_locator(
+                FixedLocator([sign * tick for tick in (0, 0.5, 1, 2, 5, 10, 20, 50) for sign in (-1, 1)])
+            )
             axes.xaxis.set_major_formatter("{x:g}")
         for place, row in enumerate(of_unit.itertuples()):
             band = (1 / row.margin, row.margin) if unit == RATIO else (-row.margin * scale, row.margin * scale)
@@ -85,7 +91,7 @@ def plot_figure_1(curves: pd.DataFrame) -> Figure:
     return figure
 
 
-POINTS, RATIO = "difference to the first arm (percentage points)", "ratio to the first arm"
+POINTS, RATIO = "difference (percentage points)", "ratio to the first arm"
 
 
 def _unit(effect: pd.Series) -> str:
