@@ -74,7 +74,8 @@ def learning_rate(
 
 def peak_learning_rate(config: ConfigDict, plateau_decays: int = 0) -> np.float32:
     """Return the base learning rate without its schedule, after so many decays on plateau."""
-    return np.float32(config.learning_rate * config.decay_factor**plateau_decays)
+    with np.errstate(over="ignore"):  # training then diverges, and says so
+        return np.float32(config.learning_rate * np.float64(config.decay_factor) ** plateau_decays)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,7 +125,8 @@ def test_committed_tables_and_the_sentences_about_them_are_current(figure1: Modu
         assert found == n
         assert low < float(ratio.removesuffix(" times")) < high
         assert low < float(trials) < high
-    assert "the interval, 0.70 to 1.65," in " ".join(text.split())
+    assert "the two intervals, 1.93 to 2.24 and 0.70 to 1.65, do not overlap" in " ".join(text.split())
+    assert by_arm["weights of 2012, 5,000 images", "tanh"][7] == "1.93 to 2.24"
     assert by_arm["weights by fan-in, 5,000 images", "tanh"][7] == "0.695 to 1.65"
     _, with_choice = intervals = by_arm["weights of 2012", "tanh"][7:]
     assert with_choice

@@ -146,6 +146,12 @@ def test_decay_beyond_the_largest_step_is_never_reached() -> None:
     assert rate == pytest.approx(1e-3)
 
 
+def test_learning_rate_beyond_float32_is_infinite() -> None:
+    """Training then ends as diverged."""
+    huge = run_config("imagenet2012", **{"optim.decay_factor": 1e15}).optim
+    assert optim.peak_learning_rate(huge, plateau_decays=30) == np.inf
+
+
 def test_step_schedule_warms_up_linearly_from_zero() -> None:
     config = run_config("imagenet2012", **{"optim.warmup_epochs": 2.0, "optim.decay_epochs": (1.0, 3.0)})
     rates = learning_rates(config, [0, 1, 10, 19, 20, 29, 30])

@@ -44,9 +44,8 @@ def plot_effects(effects: pd.DataFrame) -> Figure:
             axes.xaxis.set_major_formatter("{x:g}")
         elif unit == POINTS:
             axes.set_xscale("symlog", linthresh=2)
-            axes.xaxis.set_major_locator(
-                FixedLocator([sign * tick for tick in (0, 0.5, 1, 2, 5, 10, 20, 50) for sign in (-1, 1)])
-            )
+            ticks = (0.5, 1, 2, 5, 10, 20, 50)
+            axes.xaxis.set_major_locator(FixedLocator([*(-tick for tick in ticks), 0, *ticks]))
             axes.xaxis.set_major_formatter("{x:g}")
         for place, row in enumerate(of_unit.itertuples()):
             band = (1 / row.margin, row.margin) if unit == RATIO else (-row.margin * scale, row.margin * scale)

@@ -214,9 +214,11 @@ def our_step(context: Context, config: ConfigDict, network: str, *, per_dispatch
     else:
         batch, step = examples, train.make_train_step(setup)
 
+    peak = optim.peak_learning_rate(config.optim)
+
     def call() -> Any:
         nonlocal state, number
-        state = step(state, batch, statistics, np.uint32(0), np.int32(number), optim.peak_learning_rate(config.optim))
+        state = step(state, batch, statistics, np.uint32(0), np.int32(number), peak)
         number += per_dispatch or 1
         return state
 

@@ -116,16 +116,14 @@ def ours(network: str, what: str, batch: int, kind: str) -> Callable[[], Any]:
 
         return predict_batch
     step = train.make_train_step(setup)
-    number = 0
+    number, peak = 0, optim.peak_learning_rate(config.optim)
 
     def train_step() -> None:
         nonlocal state, number
         number += 1
         batch = {"image": images, "label": labels}
         with layers.kernels(*kernels):
-            state = step(
-                state, batch, replicated, np.uint32(0), np.int32(number), optim.peak_learning_rate(config.optim)
-            )
+            state = step(state, batch, replicated, np.uint32(0), np.int32(number), peak)
         jax.block_until_ready(state)
 
     return train_step
