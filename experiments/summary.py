@@ -33,17 +33,6 @@ def list_studies() -> list[Path]:
     return sorted((folder for folder in folders if analysis.load_study(folder)["claims"]), key=key)
 
 
-def objection(study: Path, metric: str) -> str:
-    """Return why a verdict does not count, which is how the arms were tuned; "" if it counts."""
-    tuning = analysis.load_study(study).get("tuning") or {"arms": {}}
-    if not tuning["arms"]:
-        return ""
-    if (metric in analysis.CENSORED) != (tuning.get("metric") in analysis.CENSORED):  # speed is tuned on speed
-        return "withdrawn: arms tuned on another metric"
-    at_edge = any(analysis.AT_EDGE in note for note in analysis.tuning_notes(study).values())
-    return "withdrawn: tuned value at the edge of its grid" if at_edge else ""
-
-
 def published() -> pd.DataFrame:
     """Return what others measured as text, by arm and metric: a column for each of them."""
     effects = pd.read_csv(HERE / "published.csv").pivot(index=["arm", "metric"], columns="by", values="effect")
@@ -51,14 +40,8 @@ def published() -> pd.DataFrame:
 
 
 def list_claims(study: Path) -> pd.DataFrame:
-    """Return the claims of a study as text, with the study's name and data and the objections to its verdicts.
-
-    Claims without any pair of runs are left out.
-    """
+    """Return the claims of a study as text, with the study's name and data; without those that no pair of runs has."""
     claims = analysis.verdicts(study).rename(columns={"pairs": "n"})
-    claims["verdict"] = [
-        objection(study, metric) or verdict for metric, verdict in zip(claims["metric"], claims["verdict"], strict=True)
-    ]
     claims.insert(0, "study", study.relative_to(HERE).as_posix())
     reported = analysis.load_study(study)["reported"]
     training = f"{reported.partition(', ')[0]}, training"
@@ -96,7 +79,7 @@ def origins(studies: list[str]) -> str:
 def tables() -> dict[Path, str]:
     """Return the tables of each README: all claims; and the first of each folder that counts and is of `METRICS`."""
     claims = pd.concat(map(list_claims, list_studies()), ignore_index=True)
-    short = claims[~claims["verdict"].str.startswith("withdrawn") & claims["metric"].isin(METRICS)]
+    short = claims[~claims["verdict"].str.startswith(analysis.WITHDRAWN) & claims["metric"].isin(METRICS)]
     short = short.groupby(short["study"].str.split("/").str[0], sort=False).head(1)
     short = short.assign(metric=short["metric"].map(METRICS)).drop(columns="margin")
     others = published()
@@ -126,8 +109,7 @@ def write_plot(path: Path) -> None:
     for study in list_studies():
         frame = analysis.claim_effects(study)
         frame["arm"] = study.relative_to(HERE).as_posix() + ", " + frame["arm"]
-        frame = frame[frame["pairs"] > 1]
-        effects.append(frame[[not objection(study, metric) for metric in frame["metric"]]])
+        effects.append(frame[(frame["pairs"] > 1) & ~frame["verdict"].str.startswith(analysis.WITHDRAWN)])
     mpl.rcParams["svg.hashsalt"] = path.name  # the same file each time
     plots.plot_effects(pd.concat(effects, ignore_index=True)).savefig(path, metadata={"Date": None})
 

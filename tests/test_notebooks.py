@@ -62,16 +62,3 @@ def test_published_effects_are_the_differences_of_their_sources() -> None:
         first, second = map(float, re.findall(r"\d+\.\d+", row["source"])[:2])
         difference = second - first if row["source"].startswith("accuracy") else (first - second) / 100
         assert float(row["effect"]) == pytest.approx(difference, abs=1e-9)
-
-
-def test_speed_claim_counts_only_if_tuned_on_speed_inside_the_grid(tmp_path: Path) -> None:
-    for metric, chosen, expected in (
-        ({}, 2.0, "withdrawn: arms tuned on another metric"),
-        ({"metric": "epochs_to_25"}, 1.0, "withdrawn: tuned value at the edge of its grid"),
-        ({"metric": "epochs_to_25"}, 2.0, ""),
-    ):
-        arm = {"chosen": chosen, "scores": {"1.0": 1.5, "2.0": 1.2, "3.0": None}}
-        tuning = {"key": "optim.learning_rate", "arms": {"relu": arm}, **metric}
-        study = {"name": "relu", "reported": "mnist5k", "arms": {}, "seeds": [], "claims": [], "tuning": tuning}
-        (tmp_path / "study.json").write_text(json.dumps(study))
-        assert summary.objection(tmp_path, "epochs_to_25") == expected

@@ -31,6 +31,7 @@ COLUMNS = (
 TARGET_ERROR = 0.25
 TEXT_COLUMNS = ("arm", "status", "metric", "claim", "verdict")  # headings of names; other columns have numbers
 NO_EFFECT = "no effect (within the margin)"
+WITHDRAWN = "withdrawn: "  # how a verdict starts that does not count; the reason follows
 AT_LEAST, AT_MOST, UNKNOWN = "≥", "≤", "?"  # bounds of an effect, if runs are censored
 AT_EDGE = "at the edge of the grid: the optimum may lie outside"
 
@@ -185,18 +186,31 @@ def verdict(effects: np.ndarray, margin: float, *, higher: bool, bound: str = ""
     return "reproduced" if (low > 0) == higher else "contradicted"
 
 
+def _objection(study: Mapping[str, Any], arm: str, metric: str) -> str:
+    """Return why the verdict on a claim does not count, which is how the arm or the reference was tuned; or ""."""
+    tuning = study.get("tuning") or {"arms": {}}
+    tuned = [tuning["arms"][name] for name in (next(iter(study["arms"])), arm) if name in tuning["arms"]]
+    if tuned and (metric in CENSORED) != (_tuning_metric(tuning) in CENSORED):  # speed is tuned on speed
+        return f"{WITHDRAWN}arms tuned on another metric"
+    return f"{WITHDRAWN}tuned value at the edge of its grid" if any(map(_at_edge, tuned)) else ""
+
+
 def claim_effects(study: Path | str) -> pd.DataFrame:
     """Return a row for each claim, as numbers: `paper` is the paper's effect or NaN, low and high are the 95 % CI.
 
-    `bound` says whether the effect is a bound, because runs are censored (`effect_bound`).
+    `bound` says whether the effect is a bound, because runs are censored (`effect_bound`). The verdict is "withdrawn: "
+    and the reason if one of the two arms has its tuned value at the edge of the grid, or if arms were tuned by an error
+    and the claim is about speed, or the reverse.
     """
-    runs, rows = load_runs(study), []
-    for claim in load_study(study)["claims"]:
+    runs, description, rows = load_runs(study), load_study(study), []
+    for claim in description["claims"]:
         arm, metric, ratio = claim["arm"], claim["metric"], claim["ratio"] is not None
         paper, margin = claim["ratio"] if ratio else claim["difference"], claim_margin(claim)
         effects = paired_effects(fill_censored(runs, metric), arm, metric, ratio=ratio)
         higher, bound = paper is None or paper > (1 if ratio else 0), effect_bound(runs, arm, metric)
         decision = verdict(effects, np.log(margin) if ratio else margin, higher=higher, bound=bound)
+        if len(effects) > 1:
+            decision = _objection(description, arm, metric) or decision
         interval = (np.exp if ratio else np.asarray)(mean_and_interval(effects))
         measured = (*interval, bound, len(effects), margin, decision)
         rows.append((arm, metric, claim["source"], ratio, np.nan if paper is None else paper, *measured))
@@ -266,16 +280,26 @@ def size_notes(study: Path | str) -> dict[str, str]:
 def tuning_notes(study: Path | str) -> dict[str, str]:
     """Return for each tuned arm the value that it chose, whether that is at the edge of the grid, and all scores."""
     tuning, notes = load_study(study).get("tuning") or {"arms": {}}, {}
-    metric = tuning.get("metric", "validation/top1_error")
+    metric = _tuning_metric(tuning)
     failed, unit = "never reached or failed" if metric in CENSORED else "failed", " %" if is_fraction(metric) else ""
     for arm, tuned in tuning["arms"].items():
         scores = tuned.get("scores") or tuned["errors"]
-        values = list(scores)
-        edge = f", {AT_EDGE}" if tuned.get("at_edge", str(tuned["chosen"]) in (values[0], values[-1])) else ""
+        edge = f", {AT_EDGE}" if _at_edge(tuned) else ""
         texts = [failed if score is None else _show(metric, score) + unit for score in scores.values()]
-        shown = ", ".join(f"{value}: {text}" for value, text in zip(values, texts, strict=True))
+        shown = ", ".join(f"{value}: {text}" for value, text in zip(scores, texts, strict=True))
         notes[arm] = f"{tuning['key']} = {tuned['chosen']}{edge}. Tuned by {metric} ({shown})"
     return notes
+
+
+def _tuning_metric(tuning: Mapping[str, Any]) -> str:
+    """Return the metric that arms were tuned by; studies of version 0.1 do not name it."""
+    return tuning.get("metric", "validation/top1_error")
+
+
+def _at_edge(tuned: Mapping[str, Any]) -> bool:
+    """Return whether an arm's tuned value is the smallest or largest that it tried."""
+    values = list(tuned.get("scores") or tuned["errors"])
+    return tuned.get("at_edge", str(tuned["chosen"]) in (values[0], values[-1]))
 
 
 def is_fraction(metric: str) -> bool:

@@ -226,6 +226,28 @@ def test_claims_of_a_lower_ratio_are_reproduced_below_one(make_study: MakeStudy)
     assert analysis.verdicts(make_study(claims=claims))["verdict"].tolist() == ["contradicted"]
 
 
+@pytest.mark.parametrize(
+    ("tuning_metric", "tuned", "error", "epochs"),
+    [
+        ("eval", {"lrn": 2.0, "no_lrn": 2.0}, "inconclusive", "withdrawn: arms tuned on another metric"),
+        ("epochs_to_25", {"lrn": 2.0, "no_lrn": 2.0}, "withdrawn: arms tuned on another metric", "reproduced"),
+        ("epochs_to_25", {"lrn": 2.0, "no_lrn": 3.0}, "withdrawn: arms tuned", "withdrawn: tuned value at the edge"),
+        ("epochs_to_25", {"lrn": 1.0, "no_lrn": 2.0}, "withdrawn: arms tuned", "withdrawn: tuned value at the edge"),
+        ("epochs_to_25", {"lrn": 2.0, "another": 1.0}, "withdrawn: arms tuned", "reproduced"),
+    ],
+)
+def test_claims_are_withdrawn_if_one_of_their_arms_was_tuned_otherwise_or_at_the_edge(
+    make_study: MakeStudy, tuning_metric: str, tuned: dict[str, float], error: str, epochs: str
+) -> None:
+    arms = {
+        arm: {"chosen": chosen, "scores": {"1.0": 1.5, "2.0": 1.2, "3.0": None}, "at_edge": chosen != 2.0}
+        for arm, chosen in tuned.items()
+    }
+    study = make_study(tuning={"key": "optim.learning_rate", "metric": tuning_metric, "arms": arms})
+    found = analysis.verdicts(study)["verdict"]
+    assert [verdict.startswith(expected) for verdict, expected in zip(found, (error, epochs), strict=True)] == [True] * 2
+
+
 def test_study_without_claims_has_no_verdicts(make_study: MakeStudy) -> None:
     assert analysis.verdicts(make_study(claims=[])).empty
 
