@@ -115,7 +115,8 @@ def test_committed_tables_and_the_sentences_about_them_are_current(figure1: Modu
     assert f"ReLU is at 25 % after {relu:.0f} epochs, tanh after {tanh:.0f}]" in front_page
     sentences = {  # study: what is said, seeds, and the ratios that it describes
         "code2012": ("tanh takes about seven times as many epochs as ReLU", "Ten fresh seeds", "10", (6.5, 7.4)),
-        "code2012_5000": ("it takes about twice as many", "Three fresh seeds", "3", (1.8, 2.3)),
+        "fan_in": ("With weights by fan-in, tanh takes about three times as many", "Ten fresh seeds", "10", (2.6, 3.4)),
+        "code2012_5000": ("tanh takes about twice as many", "Three fresh seeds", "3", (1.8, 2.3)),
         "fan_in_5000": ("no difference is seen: tanh takes 1.07 times", "Five fresh seeds", "5", (1.06, 1.21)),
     }
     for study, (sentence, seeds, n, (low, high)) in sentences.items():
@@ -125,9 +126,21 @@ def test_committed_tables_and_the_sentences_about_them_are_current(figure1: Modu
         assert found == n
         assert low < float(ratio.removesuffix(" times")) < high
         assert low < float(trials) < high
-    assert "the two intervals, 1.93 to 2.24 and 0.70 to 1.65, do not overlap" in " ".join(text.split())
-    assert by_arm["weights of 2012, 5,000 images", "tanh"][7] == "1.93 to 2.24"
-    assert by_arm["weights by fan-in, 5,000 images", "tanh"][7] == "0.695 to 1.65"
+    for images, first, second, said in (
+        ("", "6.42 to 7.38", "2.64 to 3.9", "6.42 to 7.38 and 2.64 to 3.9, do not overlap"),
+        (", 5,000 images", "1.93 to 2.24", "0.695 to 1.65", "1.93 to 2.24 and 0.70 to 1.65 do not overlap"),
+    ):
+        assert said in " ".join(text.split())
+        assert by_arm[f"weights of 2012{images}", "tanh"][7] == first
+        assert by_arm[f"weights by fan-in{images}", "tanh"][7] == second
+    changes = [line.split(" | ") for line in figure1.weights_table().splitlines()[2:4]]
+    assert "about twice as many epochs by fan-in; no change of tanh is seen" in " ".join(text.split())
+    assert [float(cells[3].removesuffix(" times")) for cells in changes] == [
+        pytest.approx(2, abs=0.2),
+        pytest.approx(1, abs=0.2),
+    ]
+    low, high = map(float, changes[1][4].removesuffix(" |").split(" to "))
+    assert low < 1 < high
     _, with_choice = intervals = by_arm["weights of 2012", "tanh"][7:]
     assert with_choice
     assert all(float(interval.split(" to ")[0]) > 6 for interval in intervals)

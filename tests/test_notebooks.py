@@ -1,7 +1,6 @@
 """Committed notebooks and tables of results are up to date with the studies' files."""
 
 import csv
-import json
 import re
 import runpy
 from pathlib import Path

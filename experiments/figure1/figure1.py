@@ -210,6 +210,24 @@ def rate_table() -> str:
     return markdown(rows)
 
 
+def weights_table() -> str:
+    """Return a row for each arm, in Markdown: its epochs by fan-in divided by those with the weights of 2012."""
+    rows = [["images", "activation", "n", "epochs by fan-in / with the weights of 2012", "95 % CI"]]
+    for images, names in (("50,000", ("code2012", "fan_in")), ("5,000", ("code2012_5000", "fan_in_5000"))):
+        if not all(name in kept() for name in names):
+            continue
+        of_2012, by_fan_in = (analysis.load_runs(HERE / name) for name in names)
+        for arm in LINES:
+            before, after = final_times(of_2012, arm), final_times(by_fan_in, arm)
+            seeds = sorted(before.keys() & after.keys())
+            if len(seeds) < 2 or any_censored(before) or any_censored(after):
+                continue
+            logs = np.log([after[seed].epochs / before[seed].epochs for seed in seeds])
+            ratio, low, high = np.exp(analysis.mean_and_interval(logs))
+            rows.append([images, arm, str(len(seeds)), f"{ratio:.3g} times", f"{low:.3g} to {high:.3g}"])
+    return markdown(rows)
+
+
 def draw_curves(axes: Axes, study: Path, title: str = "", *, with_trials: bool = True) -> None:
     """Draw training error against epochs, as figure 1: each final run, or, of an arm without any, its best trials."""
     finals = final_curves(study)
@@ -260,7 +278,11 @@ def draw() -> None:
 
 def insert(text: str) -> str:
     """Return the text of the README with the tables."""
-    return summary.insert(text, f"{table()}\nEpochs to 25 % of the trials, by learning rate:\n\n{rate_table()}")
+    tables = (
+        f"{table()}\nWhat the initial weights do, by activation, paired by seed:\n\n{weights_table()}\n"
+        f"Epochs to 25 % of the trials, by learning rate:\n\n{rate_table()}"
+    )
+    return summary.insert(text, tables)
 
 
 def main() -> None:

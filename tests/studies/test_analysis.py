@@ -245,7 +245,9 @@ def test_claims_are_withdrawn_if_one_of_their_arms_was_tuned_otherwise_or_at_the
     }
     study = make_study(tuning={"key": "optim.learning_rate", "metric": tuning_metric, "arms": arms})
     found = analysis.verdicts(study)["verdict"]
-    assert [verdict.startswith(expected) for verdict, expected in zip(found, (error, epochs), strict=True)] == [True] * 2
+    assert [verdict.startswith(expected) for verdict, expected in zip(found, (error, epochs), strict=True)] == [
+        True
+    ] * 2
 
 
 def test_study_without_claims_has_no_verdicts(make_study: MakeStudy) -> None:
