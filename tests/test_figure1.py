@@ -80,7 +80,7 @@ def test_trial_that_is_not_finished_is_censored(figure1: ModuleType, kept: Path)
 
 
 def test_study_continues_from_the_archive(figure1: ModuleType, kept: Path, tmp_path: Path) -> None:
-    with tarfile.open(kept / "runs.tar.xz") as tar:
+    with tarfile.open(kept / "code2012" / "runs.tar.xz") as tar:
         assert not [name for name in tar.getnames() if "checkpoints" in name]
         tar.extractall(tmp_path / "elsewhere", filter="data")
     before, after = (analysis.load_runs(tmp_path / name / "figure1_code2012") for name in ("runs", "elsewhere"))

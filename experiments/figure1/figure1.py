@@ -3,15 +3,11 @@
     python experiments/figure1/figure1.py --runs=RUNS    # collect the runs in RUNS/figure1_*, then draw
     python experiments/figure1/figure1.py                # draw the files beside the script
 
-Beside the script are, for each study, study.json, results.csv, curves.csv and trials.csv, which has the training error
-of the trials; and runs.tar.xz: the configs and records of all runs, from which the studies continue in any folder RUNS:
-
-    tar -xf experiments/figure1/runs.tar.xz -C RUNS
+Beside the script is a folder for each study, with the files of experiments/keep.py, among them runs.tar.xz, from which
+the study continues; and trials.csv, which has the training error of the trials.
 """
 
 import argparse
-import shutil
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +21,7 @@ from matplotlib.figure import Figure
 from alexnet_jax.run_dir import RunDir, StudyDir
 from alexnet_jax.studies import analysis
 from experiments import summary
+from experiments.keep import keep
 from experiments.summary import markdown
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +33,6 @@ STUDIES = {
 }
 LINES = {"relu": "C0-", "tanh": "C1--", "scaled_tanh": "C2-."}  # colour and line of each arm
 ERROR, METRIC = "train_eval/top1_error", "train_eval_epochs_to_25"
-KEPT = ("config.json", "dataset.json", "metrics.jsonl", "result.json", "study.json")  # of runs and studies
 TUNING_SEEDS = 3  # that an interval needs which includes the choice of the learning rate
 SAMPLES = 10_000
 
@@ -52,20 +48,11 @@ Trials = dict[float, dict[int, Time]]  # of one arm, by learning rate and seed
 
 
 def collect(runs: Path) -> None:
-    """Keep the files of the studies in a folder, and pack their runs."""
-    folders = {name: runs / f"figure1_{name}" for name in STUDIES if (runs / f"figure1_{name}").exists()}
-    for name, folder in folders.items():
-        kept = HERE / name
-        kept.mkdir(exist_ok=True)
-        study = StudyDir(folder)
-        shutil.copy(study.study_file, kept)
-        analysis.load_runs(folder).to_csv(kept / study.results_file.name, index=False)
-        analysis.load_curves(folder).to_csv(kept / study.curves_file.name, index=False)
-        pd.DataFrame(trial_records(folder)).to_csv(kept / "trials.csv", index=False)
-    with tarfile.open(HERE / "runs.tar.xz", "w:xz") as tar:
-        for folder in folders.values():
-            for file in sorted(path for path in folder.rglob("*.json*") if path.name in KEPT):
-                tar.add(file, file.relative_to(runs))
+    """Keep the files of the studies in a folder of runs."""
+    for name in STUDIES:
+        if (study := runs / f"figure1_{name}").exists():
+            keep(study, HERE / name)
+            pd.DataFrame(trial_records(study)).to_csv(HERE / name / "trials.csv", index=False)
 
 
 def trial_records(study: Path) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,42 @@
+"""Keep what a study's runs say: python experiments/keep.py RUNS/STUDY FOLDER
+
+Writes into FOLDER study.json, results.csv and curves.csv, which pages and tables read, and runs.tar.xz: the configs and
+records of all runs, without checkpoints, from which the study continues in any folder of runs:
+
+    mkdir -p runs && tar -xf FOLDER/runs.tar.xz -C runs
+"""
+
+import argparse
+import shutil
+import tarfile
+from pathlib import Path
+
+from alexnet_jax.run_dir import StudyDir
+from alexnet_jax.studies import analysis
+
+KEPT = ("config.json", "dataset.json", "env.json", "metrics.jsonl", "result.json", "study.json")  # of runs and studies
+
+
+def keep(study: Path, folder: Path) -> None:
+    """Write the files of a study into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = StudyDir(study)
+    shutil.copy(files.study_file, folder)
+    analysis.load_runs(study).to_csv(folder / files.results_file.name, index=False)
+    analysis.load_curves(study).to_csv(folder / files.curves_file.name, index=False, float_format="%.6g")
+    with tarfile.open(folder / "runs.tar.xz", "w:xz") as tar:
+        for file in sorted(path for path in study.rglob("*.json*") if path.name in KEPT):
+            tar.add(file, file.relative_to(study.parent))
+
+
+def main() -> None:
+    """Keep the files of the study on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    keep(options.study.resolve(), options.folder)
+
+
+if __name__ == "__main__":
+    main()
