@@ -1,6 +1,6 @@
 """Figure 1 is drawn from the kept files of its runs, its intervals include the choice of the rate, and it continues."""
 
-import importlib.util
+import importlib
 import json
 import tarfile
 from pathlib import Path
@@ -17,12 +17,7 @@ from support import REPOSITORY
 
 @pytest.fixture
 def figure1() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("figure1", REPOSITORY / "experiments" / "figure1" / "figure1.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("experiments.figure1.figure1")
 
 
 def write_run(run: RunDir, *errors: float, finished: bool = True) -> None:

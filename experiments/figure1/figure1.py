@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alexnet_jax.run_dir import RunDir, StudyDir
+from alexnet_jax.run_dir import RunDir
 from alexnet_jax.studies import analysis
 from experiments import summary
 from experiments.keep import keep

@@ -1,0 +1,150 @@
+"""Measure whether one tower's filters are for colour, and draw them as figure 3.
+
+    python experiments/figure3/figure3.py --runs=RUNS    # read the filters of the runs in RUNS, then draw
+    python experiments/figure3/figure3.py                # draw from colour.csv and filters.npz beside the script
+
+RUNS has the studies ablation_contributions_cifar10 and initialisation_imagenette of PLAN.md, with their filters.npy.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from alexnet_jax import figures
+from alexnet_jax.run_dir import StudyDir
+from alexnet_jax.studies import analysis
+from experiments import summary
+
+HERE = Path(__file__).resolve().parent
+STUDIES = {
+    "ablation_contributions_cifar10": "CIFAR-10, small network",
+    "initialisation_imagenette": "Imagenette, the paper's network",
+}
+DRAWN = {f"initialisation_imagenette/text/seed_{seed}": f"Imagenette, text, seed {seed}" for seed in (0, 1)}
+SHUFFLES = 9_999  # of a permutation test
+LEVEL = 0.05
+FIRST_STUDY = next(iter(STUDIES.values()))  # the one with many seeds
+UNTRAINED = ("text_scaled",)  # its filters are the initial noise
+
+
+def measure(runs: Path) -> Iterator[dict[str, Any]]:
+    """Yield, for each finished run of two towers, the mean colour fraction of each tower's filters and a p-value.
+
+    `by_chance` is the mean difference of the towers in random assignments of the same filters to them, and `p` the
+    fraction of these that have at least the same difference as the run: a permutation test.
+    """
+    for study, name in STUDIES.items():
+        for arm, seed, run in StudyDir(runs / study).runs():
+            if (filters := run.read_filters()) is None or len(filters) != 2:
+                continue
+            fractions = figures.colour_fractions(filters)
+            means = fractions.mean(axis=1)
+            generator = np.random.default_rng(0)
+            shuffled = generator.permuted(np.tile(fractions.ravel(), (SHUFFLES, 1)), axis=1)
+            by_chance = np.abs(np.diff(shuffled.reshape(SHUFFLES, 2, -1).mean(axis=2)))
+            p = (1 + (by_chance >= abs(means[0] - means[1]) - 1e-6).sum()) / (1 + SHUFFLES)
+            colours = {"tower_0": means[0], "tower_1": means[1], "by_chance": by_chance.mean(), "p": p}
+            yield {"study": name, "arm": arm, "seed": seed} | colours
+
+
+def collect(runs: Path) -> None:
+    """Write colour.csv, and filters.npz with the filters that are drawn, in float16."""
+    pd.DataFrame(measure(runs)).to_csv(HERE / "colour.csv", index=False, float_format="%.4g")
+    filters = {run: np.load(runs / run / "filters.npy").astype(np.float16) for run in DRAWN}
+    np.savez_compressed(HERE / "filters.npz", **filters)
+
+
+def read() -> pd.DataFrame:
+    """Return a row for each run: study, arm, seed, mean colour fraction of each tower, p-value."""
+    return pd.read_csv(HERE / "colour.csv")
+
+
+def table() -> str:
+    """Return a row for each arm, in Markdown: how much more the towers differ than by chance, and in how many runs."""
+    headings = ["images, network", "arm", "n", "colour of all filters", "difference of the towers", "by chance"]
+    rows = [[*headings, "excess", "95 % CI", "runs with p < 0.05"]]
+    for (study, arm), runs in read().groupby(["study", "arm"], sort=False):
+        difference = (runs["tower_0"] - runs["tower_1"]).abs()
+        excess, low, high = analysis.mean_and_interval((difference - runs["by_chance"]).to_numpy())
+        means = [runs[["tower_0", "tower_1"]].to_numpy().mean(), difference.mean(), runs["by_chance"].mean()]
+        interval = f"{low:+.2f} to {high:+.2f}" if len(runs) > 2 else ""  # two runs say too little
+        clear = (runs["p"] < LEVEL).sum()
+        rows.append(
+            [study, arm, str(len(runs)), *(f"{mean:.2f}" for mean in means), f"{excess:+.2f}", interval, str(clear)]
+        )
+    return summary.markdown(rows)
+
+
+def draw_filters(axes: Axes, filters: np.ndarray, title: str) -> None:
+    """Draw the filters of both towers, as in the paper's figure: the first tower's in the upper rows."""
+    axes.imshow(figures.filter_grid(filters.astype(np.float32)), interpolation="nearest")
+    height = axes.get_ylim()[0]
+    axes.axhline(height / 2, color="black", linewidth=1)
+    fractions = figures.colour_fractions(filters.astype(np.float32)).mean(axis=1)
+    labels = [f"tower {tower}\n{fraction:.2f}" for tower, fraction in enumerate(fractions)]
+    axes.set_yticks([height / 4, 3 * height / 4], labels)
+    axes.set_xticks([])
+    axes.set_title(title)
+
+
+def draw_runs(axes: Axes) -> None:
+    """Draw the mean colour fraction of one tower's filters against that of the other's, a mark for each run."""
+    runs = read()
+    trained = runs[~runs["arm"].isin(UNTRAINED)]
+    for (study, of_study), colour in zip(trained.groupby("study", sort=False), ("C0", "C1"), strict=True):
+        clear = of_study["p"] < LEVEL
+        style = {"color": colour, "edgecolors": colour}
+        axes.scatter(of_study[clear]["tower_0"], of_study[clear]["tower_1"], label=f"{study}, p < {LEVEL}", **style)
+        style["color"] = "none"
+        axes.scatter(of_study[~clear]["tower_0"], of_study[~clear]["tower_1"], label=f"{study}, other runs", **style)
+    axes.plot([0, 0.6], [0, 0.6], color="gray", linewidth=1)
+    axes.set(xlabel="colour of tower 0's filters", ylabel="colour of tower 1's filters", aspect="equal")
+    axes.legend(fontsize="x-small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+
+
+def draw() -> None:
+    """Draw the filters of two runs, and all runs beside them."""
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    axes: Any = figure.subplot_mosaic([[run, "all runs"] for run in DRAWN], width_ratios=(2, 1))
+    with np.load(HERE / "filters.npz") as filters:
+        for run, title in DRAWN.items():
+            draw_filters(axes[run], filters[run], title)
+    draw_runs(axes["all runs"])
+    figure.savefig(HERE / "figure3.png", dpi=100, metadata={"Software": None})
+
+
+def seed_effect() -> str:
+    """Return an analysis of variance in a sentence: do the arms with the same seed have the same tower for colour?"""
+    runs = read().query("study == @FIRST_STUDY")
+    by_seed = [of_seed["tower_0"] - of_seed["tower_1"] for _, of_seed in runs.groupby("seed")]
+    statistic, p = stats.f_oneway(*by_seed)
+    degrees = f"{len(by_seed) - 1}, {len(runs) - len(by_seed)}"
+    return f"Tower 0 minus tower 1, grouped by seed, {FIRST_STUDY}: F({degrees}) = {statistic:.1f}, p = {p:.0e}.\n"
+
+
+def insert(text: str) -> str:
+    """Return the text of the README with the table and the sentence about seeds."""
+    return summary.insert(text, f"{table()}\n{seed_effect()}")
+
+
+def main() -> None:
+    """Collect, if there is a folder of runs, draw the figure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, help="folder of the studies")
+    options = parser.parse_args()
+    if options.runs:
+        collect(options.runs)
+    draw()
+    readme = HERE / "README.md"
+    readme.write_text(insert(readme.read_text()))
+
+
+if __name__ == "__main__":
+    main()

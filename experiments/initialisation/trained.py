@@ -1,0 +1,48 @@
+"""Draw the curves of the study `initialisation` and write its table: python experiments/initialisation/trained.py
+
+Reads the files of the study in imagenette/, beside the script; experiments/keep.py keeps them of its runs.
+"""
+
+from pathlib import Path
+
+import matplotlib as mpl
+
+from alexnet_jax.studies import analysis, plots
+from experiments import summary
+
+HERE = Path(__file__).resolve().parent
+STUDY = HERE / "imagenette"
+ERROR = "train_eval/top1_error"
+CHANCE = 0.8  # a network of 10 classes with a higher training error has not left the error of chance: PLAN.md
+
+
+def table() -> str:
+    """Return a row for each arm, in Markdown: its seeds that train, and their errors after the last epoch."""
+    rows = [["weights, pixels", "n", "train", "training error, %", "top-1 error, held out, %"]]
+    for arm, runs in analysis.load_runs(STUDY).query("status == 'finished'").groupby("arm", sort=False):
+        errors = [", ".join(f"{100 * value:.1f}" for value in runs[metric]) for metric in (ERROR, "eval/top1_error")]
+        rows.append([f"`{arm}`", str(len(runs)), str((runs[ERROR] < CHANCE).sum()), *errors])
+    return summary.markdown(rows)
+
+
+def draw() -> None:
+    """Draw the training errors."""
+    mpl.rcParams["svg.hashsalt"] = "curves.svg"  # the same file each time
+    figure = plots.plot_curves(analysis.load_curves(STUDY), ERROR)
+    figure.savefig(HERE / "curves.svg", metadata={"Date": None})
+
+
+def insert(text: str) -> str:
+    """Return the text of the README with the table."""
+    return summary.insert(text, table())
+
+
+def main() -> None:
+    """Draw the curves and write the table."""
+    draw()
+    readme = HERE / "README.md"
+    readme.write_text(insert(readme.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The pages of figure 3 and of the initial weights say what their studies' files say."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from alexnet_jax.run_dir import StudyDir, write_json
+from alexnet_jax.studies import analysis
+from experiments.figure3 import figure3
+from experiments.initialisation import trained
+
+
+def cells(table: str) -> list[list[str]]:
+    """Return the rows of a table in Markdown without its headings."""
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+
+
+def test_committed_page_of_figure_3_is_current() -> None:
+    text = (figure3.HERE / "README.md").read_text()
+    said = " ".join(text.split())
+    assert figure3.insert(text) == text, "run experiments/figure3/figure3.py"
+    full, *_ = (row for row in cells(figure3.table()) if row[1] == "full")
+    assert (full[2], full[-1]) == ("10", "2")
+    assert "In the full small network that is seen in 2 of 10 seeds, and the mean excess is not distinguishable" in said
+    low, high = map(float, full[-2].split(" to "))
+    assert low < 0 < high
+    assert [row[-1] for row in cells(figure3.table()) if row[1] == "text"] == ["1"]
+    assert "Of the paper's network, one seed of two has it" in said
+    small = figure3.read().query("study == @figure3.FIRST_STUDY")
+    more = (small["tower_0"] > small["tower_1"]).groupby(small["seed"]).mean()
+    assert "With seed 5 tower 0 has more colour in every arm, with seed 1 tower 1" in said
+    assert (more[5], more[1]) == (1, 0)
+
+
+def test_colours_are_those_of_the_studies() -> None:
+    """The excess of each run is that of its results.csv, but for the number of shuffles."""
+    kept = figure3.read().query("arm == 'text'").set_index("seed")
+    runs = analysis.load_runs(trained.STUDY).query("arm == 'text' and status == 'finished'").set_index("seed")
+    excess = (kept["tower_0"] - kept["tower_1"]).abs() - kept["by_chance"]
+    assert excess.to_numpy() == pytest.approx(runs["colour/excess"].to_numpy(), abs=0.01)
+
+
+def test_tower_of_coloured_filters_has_a_small_p_value(tmp_path: Path) -> None:
+    """And towers with the same filters have p = 1."""
+    generator = np.random.default_rng(0)
+    grey, coloured = np.repeat(generator.normal(size=(5, 5, 1, 16)), 3, axis=2), generator.normal(size=(5, 5, 3, 16))
+    for study in figure3.STUDIES:
+        folder = StudyDir(tmp_path / study)
+        arms: dict[str, Any] = {"apart": {}, "alike": {}, "one_column": {}}
+        described = {"name": study, "reported": "test", "arms": arms, "seeds": [0], "claims": []}
+        write_json(folder.study_file, described)
+        for arm, filters in {"apart": [grey, coloured], "alike": [coloured] * 2, "one_column": [grey]}.items():
+            run = folder.run(arm, 0)
+            write_json(run.result_file, {"steps": 1})
+            np.save(run.filters_file, np.stack(filters).astype(np.float32))
+    apart, alike, *_ = figure3.measure(tmp_path)
+    assert apart["tower_0"] == pytest.approx(0, abs=1e-6)
+    assert apart["tower_1"] > 0.5
+    assert apart["p"] == pytest.approx(1 / (1 + figure3.SHUFFLES))
+    assert alike["p"] == 1
+
+
+def test_committed_page_of_the_initial_weights_is_current() -> None:
+    text = (trained.HERE / "README.md").read_text()
+    assert trained.insert(text) == text, "run experiments/initialisation/trained.py"
+    counts = {arm.strip("`"): (n, train) for arm, n, train, *_ in cells(trained.table())}
+    assert counts.pop("text_scaled") == ("2", "0")
+    assert set(counts.values()) == {("2", "2")}
+    curves = analysis.load_curves(trained.STUDY).dropna(subset=[trained.ERROR])
+    third = curves[curves["epoch"].between(2.9, 3.1)].groupby("arm")[trained.ERROR]
+    assert "after three epochs its training error is still above 80 %, with raw pixels about 50 %" in " ".join(
+        text.split()
+    )
+    assert third.min()["code2012_scaled"] > 0.8
+    assert third.mean()["code2012"] == pytest.approx(0.5, abs=0.05)
