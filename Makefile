@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-STUDIES = lrn relu dropout pooling augmentation towers depth contributions modern
+STUDIES = lrn relu dropout pooling augmentation towers depth modern
 
 .PHONY: run test quick check studies notebooks lock
 
@@ -35,6 +35,8 @@ studies: $(VENV)/installed
 notebooks: $(VENV)/installed
 	$(BIN)/python experiments/execute.py
 	$(BIN)/python experiments/figure1/figure1.py
+	$(BIN)/python experiments/figure3/figure3.py
+	$(BIN)/python experiments/initialisation/trained.py
 	$(BIN)/python experiments/gpu/table.py
 	$(BIN)/python experiments/summary.py
 	$(BIN)/python experiments/figures/towers.py

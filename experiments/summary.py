@@ -20,7 +20,7 @@ METRICS = {  # in the README's table
     "epochs_to_25": "epochs to 25 % training error",
     "train_eval_epochs_to_25": "epochs to 25 % training error",
 }
-ALL_IN_ONE = "contributions"  # the study that repeats the claims of the others, and is left out
+NATURAL = ("figure1/code2012", "figure1/fan_in", "contributions/cifar10")  # whose claims the README's table prefers
 
 
 def list_studies() -> list[Path]:
@@ -29,7 +29,7 @@ def list_studies() -> list[Path]:
     def key(folder: Path) -> tuple[str, str]:
         return min(claim["source"] for claim in analysis.load_study(folder)["claims"]), str(folder)
 
-    folders = [file.parent for file in HERE.glob("**/study.json") if file.parent.name != ALL_IN_ONE]
+    folders = [file.parent for file in HERE.glob("**/study.json")]
     return sorted((folder for folder in folders if analysis.load_study(folder)["claims"]), key=key)
 
 
@@ -77,11 +77,20 @@ def origins(studies: list[str]) -> str:
 
 
 def tables() -> dict[Path, str]:
-    """Return the tables of each README: all claims; and the first of each folder that counts and is of `METRICS`."""
+    """Return the tables of each README.
+
+    The first has all claims; the second those that count, have an interval and are of `METRICS`: all claims on natural
+    images, and of each other folder the first claim that these do not have.
+    """
     claims = pd.concat(map(list_claims, list_studies()), ignore_index=True)
-    short = claims[~claims["verdict"].str.startswith(analysis.WITHDRAWN) & claims["metric"].isin(METRICS)]
-    short = short.groupby(short["study"].str.split("/").str[0], sort=False).head(1)
+    counts = ~claims["verdict"].str.startswith(analysis.WITHDRAWN) & (claims["95 % CI"] != "")
+    short = claims[counts & claims["metric"].isin(METRICS)]
     short = short.assign(metric=short["metric"].map(METRICS)).drop(columns="margin")
+    natural, other = (short[short["study"].isin(NATURAL) == among] for among in (True, False))
+    known = set(zip(natural["metric"], natural["claim"], strict=True))
+    other = other[[claim not in known for claim in zip(other["metric"], other["claim"], strict=True)]]
+    other = other.groupby(other["study"].str.split("/").str[0], sort=False).head(1)
+    short = pd.concat([natural, other]).sort_index()
     others = published()
     full = claims.merge(others, how="left", on=["arm", "metric"]).fillna("")
     place = list(claims).index("claim") + 1
