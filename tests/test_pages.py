@@ -17,6 +17,38 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
 
 
+def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
+    """And the sentences of the contributions' notebook have the right signs."""
+    said = " ".join((figure3.HERE.parent / "README.md").read_text().split())
+
+    def effects(study: str) -> dict[Any, Any]:
+        frame = analysis.claim_effects(figure3.HERE.parent / study)
+        return {(row.arm, row.metric): row for row in frame.itertuples() if row.pairs}
+
+    ratios = [effects(f"figure1/{name}")["tanh", "train_eval_epochs_to_25"].effect for name in ("code2012", "fan_in")]
+    assert "{:.1f} times as early as tanh with the initial weights of 2012, {:.1f} times with".format(*ratios) in said
+    found = effects("contributions/cifar10")
+    lrn, overlap = found["no_lrn", "eval/top1_error"], found["no_overlap", "eval/top1_error"]
+    column = found["one_column", "eval/top1_error"]
+    crops, dropout = (found[arm, "generalisation_gap"] for arm in ("no_crops_nor_flips", "no_dropout"))
+    assert f"half the filters, has {100 * column.effect:.1f} points more error" in said
+    assert f"lowers the error by {100 * lrn.effect:.1f} points, a third of" in said
+    assert lrn.effect / lrn.paper == pytest.approx(1 / 3, abs=0.05)
+    assert f"does not lower the error: without overlap it is {-100 * overlap.effect:.1f} points lower" in said
+    assert overlap.high < 0
+    assert f"test and training error is {100 * crops.effect:.1f} points larger" in said
+    runs = analysis.load_runs(figure3.HERE.parent / "contributions" / "cifar10")
+    errors = analysis.compare(runs).loc["no_dropout"]
+    assert errors["effect_high"] < 0
+    gap_and_error = (
+        f"{100 * dropout.effect:.1f} points larger, and the test error {-100 * errors['effect']:.1f} points lower"
+    )
+    assert f"without it the gap is {gap_and_error}" in said
+    tenth = effects("contributions/cifar10_5000")["no_dropout", "generalisation_gap"]
+    assert f"a tenth of the images the gap is {100 * tenth.effect:.1f} points larger" in said
+    assert {row.pairs for row in (lrn, overlap, column, crops, dropout)} == {10}
+
+
 def test_committed_page_of_figure_3_is_current() -> None:
     text = (figure3.HERE / "README.md").read_text()
     said = " ".join(text.split())

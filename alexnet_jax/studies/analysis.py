@@ -31,6 +31,7 @@ COLUMNS = (
 TARGET_ERROR = 0.25
 TEXT_COLUMNS = ("arm", "status", "metric", "claim", "verdict")  # headings of names; other columns have numbers
 NO_EFFECT = "no effect (within the margin)"
+SMALL_EFFECT = "small effect (within the margin)"  # which differs from zero
 WITHDRAWN = "withdrawn: "  # how a verdict starts that does not count; the reason follows
 AT_LEAST, AT_MOST, UNKNOWN = "≥", "≤", "?"  # bounds of an effect, if runs are censored
 AT_EDGE = "at the edge of the grid: the optimum may lie outside"
@@ -170,17 +171,18 @@ def claim_margin(claim: Mapping[str, Any]) -> float:
 def verdict(effects: np.ndarray, margin: float, *, higher: bool, bound: str = "") -> str:
     """Return the verdict on a claim that the effect is positive, or negative unless `higher`, whatever its size.
 
-    `NO_EFFECT` if two one-sided t-tests at 5 % show that the effect is within the margin: if its 90 % CI is.
-    Otherwise "reproduced" or "contradicted" if the 95 % CI is on one side of zero, and "inconclusive" if it contains
-    zero. "too few seeds" for fewer than two pairs. If the effects are bounds (`effect_bound`), what they do not exclude
-    is "inconclusive".
+    If two one-sided t-tests at 5 % show that the effect is within the margin, which its 90 % CI then is, `NO_EFFECT`;
+    but `SMALL_EFFECT` if its 95 % CI is on one side of zero. Otherwise "reproduced" or "contradicted" if the 95 % CI is
+    on one side of zero, and "inconclusive" if it contains zero. "too few seeds" for fewer than two pairs. If effects
+    are bounds (`effect_bound`), what they do not exclude is "inconclusive".
     """
     if len(effects) < 2:
         return "too few seeds"
     _, low, high = mean_and_interval(effects, 0.90)
-    if -margin < low and high < margin and not bound:
-        return NO_EFFECT
+    is_within_margin = -margin < low and high < margin and not bound
     _, low, high = mean_and_interval(effects, 0.95)
+    if is_within_margin:
+        return NO_EFFECT if low <= 0 <= high else SMALL_EFFECT
     if low <= 0 <= high or bound == UNKNOWN or bound == (AT_MOST if low > 0 else AT_LEAST):
         return "inconclusive"
     return "reproduced" if (low > 0) == higher else "contradicted"

@@ -41,6 +41,7 @@ _TEMPLATES = jinja2.Environment(
 _COLOURS = {
     "reproduced": "--good",
     analysis.NO_EFFECT: "--neutral",
+    analysis.SMALL_EFFECT: "--neutral",
     "inconclusive": "--neutral",
     "contradicted": "--bad",
     "failed": "--bad",

@@ -169,7 +169,8 @@ def test_verdicts_equal_the_decisions_of_scipys_tests(
     p_value = stats.ttest_1samp(effects, 0).pvalue
     side = (effects.mean() > 0) == higher
     expected = "inconclusive" if p_value > 0.05 else "reproduced" if side else "contradicted"
-    expected = analysis.NO_EFFECT if one_sided_tests(effects, margin) else expected
+    if one_sided_tests(effects, margin):
+        expected = analysis.NO_EFFECT if p_value > 0.05 else analysis.SMALL_EFFECT
     assert analysis.verdict(effects, margin, higher=higher) == expected
 
 
@@ -180,7 +181,9 @@ def test_verdicts_equal_the_decisions_of_scipys_tests(
         ([0.1, 0.2, 0.3, 0.2], 0.05, False, "contradicted"),
         ([-0.1, -0.2, -0.3, -0.2], 0.05, False, "reproduced"),
         ([-0.1, 0.2, 0.3, -0.2], 0.05, True, "inconclusive"),
-        ([0.01, 0.02, 0.01, 0.02], 0.05, True, "no effect (within the margin)"),  # though its 95 % CI is above zero
+        ([0.01, 0.02, 0.01, 0.02], 0.05, True, "small effect (within the margin)"),
+        ([-0.01, -0.02, -0.01, -0.02], 0.05, True, "small effect (within the margin)"),
+        ([-0.01, 0.02, 0.01, -0.02], 0.05, True, "no effect (within the margin)"),
         ([0.01, 0.02, 0.01, 0.02], 0.0, True, "reproduced"),
         ([0.0, 0.0, 0.0], 0.05, True, "no effect (within the margin)"),
         ([0.1], 0.05, True, "too few seeds"),
