@@ -8,6 +8,7 @@ import pytest
 
 from alexnet_jax.run_dir import StudyDir, write_json
 from alexnet_jax.studies import analysis
+from experiments import summary
 from experiments.figure3 import figure3
 from experiments.initialisation import trained
 
@@ -52,7 +53,7 @@ def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
 def test_committed_page_of_figure_3_is_current() -> None:
     text = (figure3.HERE / "README.md").read_text()
     said = " ".join(text.split())
-    assert figure3.insert(text) == text, "run experiments/figure3/figure3.py"
+    assert summary.insert(text, figure3.tables()) == text, "run experiments/figure3/figure3.py"
     full, *_ = (row for row in cells(figure3.table()) if row[1] == "full")
     assert (full[2], full[-1]) == ("10", "2")
     assert "In the full small network that is seen in 2 of 10 seeds, and the mean excess is not distinguishable" in said
@@ -96,7 +97,7 @@ def test_tower_of_coloured_filters_has_a_small_p_value(tmp_path: Path) -> None:
 
 def test_committed_page_of_the_initial_weights_is_current() -> None:
     text = (trained.HERE / "README.md").read_text()
-    assert trained.insert(text) == text, "run experiments/initialisation/trained.py"
+    assert summary.insert(text, trained.table()) == text, "run experiments/initialisation/trained.py"
     counts = {arm.strip("`"): (n, train) for arm, n, train, *_ in cells(trained.table())}
     assert counts.pop("text_scaled") == ("2", "0")
     assert set(counts.values()) == {("2", "2")}

@@ -263,13 +263,12 @@ def draw() -> None:
         figure.savefig(HERE / name, metadata={"Date": None})
 
 
-def insert(text: str) -> str:
-    """Return the text of the README with the tables."""
-    tables = (
+def tables() -> str:
+    """Return all tables of the README."""
+    return (
         f"{table()}\nWhat the initial weights do, by activation, paired by seed:\n\n{weights_table()}\n"
         f"Epochs to 25 % of the trials, by learning rate:\n\n{rate_table()}"
     )
-    return summary.insert(text, tables)
 
 
 def main() -> None:
@@ -281,7 +280,7 @@ def main() -> None:
         collect(options.runs)
     draw()
     readme = HERE / "README.md"
-    readme.write_text(insert(readme.read_text()))
+    readme.write_text(summary.insert(readme.read_text(), tables()))
 
 
 if __name__ == "__main__":

@@ -100,10 +100,9 @@ def draw_runs(axes: Axes) -> None:
     trained = runs[~runs["arm"].isin(UNTRAINED)]
     for (study, of_study), colour in zip(trained.groupby("study", sort=False), ("C0", "C1"), strict=True):
         clear = of_study["p"] < LEVEL
-        style = {"color": colour, "edgecolors": colour}
-        axes.scatter(of_study[clear]["tower_0"], of_study[clear]["tower_1"], label=f"{study}, p < {LEVEL}", **style)
-        style["color"] = "none"
-        axes.scatter(of_study[~clear]["tower_0"], of_study[~clear]["tower_1"], label=f"{study}, other runs", **style)
+        for chosen, label, face in ((clear, f"p < {LEVEL}", colour), (~clear, "other runs", "none")):
+            towers = of_study.loc[chosen, ["tower_0", "tower_1"]].to_numpy().T
+            axes.scatter(*towers, facecolors=face, edgecolors=colour, label=f"{study}, {label}")
     axes.plot([0, 0.6], [0, 0.6], color="gray", linewidth=1)
     axes.set(xlabel="colour of tower 0's filters", ylabel="colour of tower 1's filters", aspect="equal")
     axes.legend(fontsize="x-small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
@@ -129,9 +128,9 @@ def seed_effect() -> str:
     return f"Tower 0 minus tower 1, grouped by seed, {FIRST_STUDY}: F({degrees}) = {statistic:.1f}, p = {p:.0e}.\n"
 
 
-def insert(text: str) -> str:
-    """Return the text of the README with the table and the sentence about seeds."""
-    return summary.insert(text, f"{table()}\n{seed_effect()}")
+def tables() -> str:
+    """Return the table of the README and the sentence about seeds."""
+    return f"{table()}\n{seed_effect()}"
 
 
 def main() -> None:
@@ -143,7 +142,7 @@ def main() -> None:
         collect(options.runs)
     draw()
     readme = HERE / "README.md"
-    readme.write_text(insert(readme.read_text()))
+    readme.write_text(summary.insert(readme.read_text(), tables()))
 
 
 if __name__ == "__main__":

@@ -32,16 +32,11 @@ def draw() -> None:
     figure.savefig(HERE / "curves.svg", metadata={"Date": None})
 
 
-def insert(text: str) -> str:
-    """Return the text of the README with the table."""
-    return summary.insert(text, table())
-
-
 def main() -> None:
     """Draw the curves and write the table."""
     draw()
     readme = HERE / "README.md"
-    readme.write_text(insert(readme.read_text()))
+    readme.write_text(summary.insert(readme.read_text(), table()))
 
 
 if __name__ == "__main__":
