@@ -33,7 +33,9 @@ def plot_effects(effects: pd.DataFrame) -> Figure:
     """
     units = effects.apply(_unit, axis="columns")
     counts = units.value_counts(sort=False)
-    figure = Figure(figsize=(7, 0.4 * len(effects) + 0.9 * len(counts)), layout="constrained")
+    names = effects["arm"] + ": " + effects["metric"]
+    width = 4 + 0.07 * names.str.len().max()  # of the axes and of the longest name, in inches
+    figure = Figure(figsize=(width, 0.4 * len(effects) + 0.9 * len(counts)), layout="constrained")
     grid: Any = figure.subplots(len(counts), squeeze=False, height_ratios=[count + 1 for count in counts])
     for axes, unit in zip(grid[:, 0], counts.index, strict=True):
         of_unit = effects[units == unit]
@@ -44,7 +46,7 @@ def plot_effects(effects: pd.DataFrame) -> Figure:
             axes.xaxis.set_major_formatter("{x:g}")
         elif unit == POINTS:
             axes.set_xscale("symlog", linthresh=2)
-            ticks = (0.5, 1, 2, 5, 10, 20, 50)
+            ticks = (1, 2, 5, 10, 20, 50)
             axes.xaxis.set_major_locator(FixedLocator([*(-tick for tick in ticks), 0, *ticks]))
             axes.xaxis.set_major_formatter("{x:g}")
         for place, row in enumerate(of_unit.itertuples()):
@@ -53,7 +55,7 @@ def plot_effects(effects: pd.DataFrame) -> Figure:
             axes.plot([row.low * scale, row.high * scale], [place] * 2, color="C0")
             axes.plot(row.effect * scale, place, {"": "o", AT_LEAST: ">", AT_MOST: "<"}.get(row.bound, "x"), color="C0")
             axes.plot(row.paper * scale, place, "D", color="C1", fillstyle="none")
-        _name_rows(axes, [f"{row.arm}: {row.metric}" for row in of_unit.itertuples()], unit)
+        _name_rows(axes, names[units == unit].tolist(), unit)
     return figure
 
 
