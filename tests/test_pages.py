@@ -54,17 +54,24 @@ def test_committed_page_of_figure_3_is_current() -> None:
     text = (figure3.HERE / "README.md").read_text()
     said = " ".join(text.split())
     assert summary.insert(text, figure3.tables()) == text, "run experiments/figure3/figure3.py"
-    full, *_ = (row for row in cells(figure3.table()) if row[1] == "full")
-    assert (full[2], full[-1]) == ("10", "2")
-    assert "In the full small network that is seen in 2 of 10 seeds, and the mean excess is not distinguishable" in said
-    low, high = map(float, full[-2].split(" to "))
-    assert low < 0 < high
-    assert [row[-1] for row in cells(figure3.table()) if row[1] == "text"] == ["1"]
-    assert "Of the paper's network, one seed of two has it" in said
-    small = figure3.read().query("study == @figure3.FIRST_STUDY")
+    small = figure3.read().query("study == @figure3.SMALL")
+    clear, expected = (small["p"] < figure3.LEVEL).sum(), figure3.LEVEL * len(small)
+    assert f"clearly so in {clear} of {len(small)} runs, where {expected:.1f} are expected by chance" in said
+    assert "the towers differ more than by chance on average" in said
+    assert float(figure3.over_arms().partition("95 % CI ")[2].split(" to ")[0]) > 0
     more = (small["tower_0"] > small["tower_1"]).groupby(small["seed"]).mean()
-    assert "With seed 5 tower 0 has more colour in every arm, with seed 1 tower 1" in said
+    assert "with seed 5 tower 0 has more colour in every arm, with seed 1 tower 1" in said
     assert (more[5], more[1]) == (1, 0)
+    paper: dict[Any, Any] = {
+        (row.arm, row.seed): row for row in figure3.read().query("study != @figure3.SMALL").itertuples()
+    }
+    assert "one seed of two has a tower for colour, with either initial weights" in said
+    assert "tower 1 is for colour from the weights of the text, tower 0 from those of the code" in said
+    for arm, tower in (("text", 1), ("code2012", 0)):
+        assert paper[arm, 0].p > 0.5
+        assert paper[arm, 1].p < 0.01
+        assert (paper[arm, 1].tower_0 > paper[arm, 1].tower_1) == (tower == 0)
+        assert min(paper[f"{arm}_scaled", seed].p for seed in (0, 1)) > 0.4
 
 
 def test_colours_are_those_of_the_studies() -> None:
@@ -76,23 +83,30 @@ def test_colours_are_those_of_the_studies() -> None:
 
 
 def test_tower_of_coloured_filters_has_a_small_p_value(tmp_path: Path) -> None:
-    """And towers with the same filters have p = 1."""
+    """And towers of which each has some of them have a large one. One column is left out."""
     generator = np.random.default_rng(0)
     grey, coloured = np.repeat(generator.normal(size=(5, 5, 1, 16)), 3, axis=2), generator.normal(size=(5, 5, 3, 16))
+    mixed = np.concatenate([grey, coloured], axis=3)[..., generator.permutation(32)]
     for study in figure3.STUDIES:
         folder = StudyDir(tmp_path / study)
-        arms: dict[str, Any] = {"apart": {}, "alike": {}, "one_column": {}}
+        arms: dict[str, Any] = {"apart": {}, "mixed": {}, "one_column": {}}
         described = {"name": study, "reported": "test", "arms": arms, "seeds": [0], "claims": []}
         write_json(folder.study_file, described)
-        for arm, filters in {"apart": [grey, coloured], "alike": [coloured] * 2, "one_column": [grey]}.items():
+        for arm, filters in {
+            "apart": [grey, coloured],
+            "mixed": np.split(mixed, 2, axis=3),
+            "one_column": [grey],
+        }.items():
             run = folder.run(arm, 0)
             write_json(run.result_file, {"steps": 1})
             np.save(run.filters_file, np.stack(filters).astype(np.float32))
-    apart, alike, *_ = figure3.measure(tmp_path)
+    apart, split, *others = figure3.measure(tmp_path)
+    assert [run["arm"] for run in others] == ["apart", "mixed"]  # of the second study
     assert apart["tower_0"] == pytest.approx(0, abs=1e-6)
     assert apart["tower_1"] > 0.5
     assert apart["p"] == pytest.approx(1 / (1 + figure3.SHUFFLES))
-    assert alike["p"] == 1
+    assert split["p"] > 0.05
+    assert split["by_chance"] == pytest.approx(apart["by_chance"], abs=0.02)  # of the same filters
 
 
 def test_committed_page_of_the_initial_weights_is_current() -> None:

@@ -299,7 +299,7 @@ def _tuning_metric(tuning: Mapping[str, Any]) -> str:
 
 
 def _at_edge(tuned: Mapping[str, Any]) -> bool:
-    """Return whether an arm's tuned value is the smallest or largest that it tried."""
+    """Return whether an arm's tuned value is at the edge of its grid; version 0.1 did not say so, and sorted it."""
     values = list(tuned.get("scores") or tuned["errors"])
     return tuned.get("at_edge", str(tuned["chosen"]) in (values[0], values[-1]))
 

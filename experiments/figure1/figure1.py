@@ -173,7 +173,7 @@ def table() -> str:
         for arm, of_arm in trials.items():
             times = finals[arm]
             row = [STUDIES[name], arm, f"{best_rate(of_arm):g}", show(best[arm])]
-            known = arm != "relu" and "relu" in best and not any_censored(best["relu"])
+            known = arm != "relu" and best[arm].keys() == best.get("relu", {}).keys() and not any_censored(best["relu"])
             bound = "≥ " * any_censored(best[arm])
             row.append(f"{bound}{mean_epochs(best[arm]) / mean_epochs(best['relu']):.2f}" if known else "")
             row += [str(len(times)), str(sum(not time.censored for time in times.values())), show(times)]
@@ -198,20 +198,26 @@ def rate_table() -> str:
 
 
 def weights_table() -> str:
-    """Return a row for each arm, in Markdown: its epochs by fan-in divided by those with the weights of 2012."""
-    rows = [["images", "activation", "n", "epochs by fan-in / with the weights of 2012", "95 % CI"]]
+    """Return a row for each arm, in Markdown: its epochs by fan-in divided by those with the weights of 2012.
+
+    And a row for the ratio of tanh to ReLU by fan-in divided by that ratio with the weights of 2012.
+    """
+    rows = [["images", "epochs of", "n", "by fan-in / with the weights of 2012", "95 % CI"]]
     for images, names in (("50,000", ("code2012", "fan_in")), ("5,000", ("code2012_5000", "fan_in_5000"))):
         if not all(name in kept() for name in names):
             continue
         of_2012, by_fan_in = (analysis.load_runs(HERE / name) for name in names)
-        for arm in LINES:
+        logs = {}
+        for arm in ("relu", "tanh"):
             before, after = final_times(of_2012, arm), final_times(by_fan_in, arm)
-            seeds = sorted(before.keys() & after.keys())
-            if len(seeds) < 2 or any_censored(before) or any_censored(after):
-                continue
-            logs = np.log([after[seed].epochs / before[seed].epochs for seed in seeds])
-            ratio, low, high = np.exp(analysis.mean_and_interval(logs))
-            rows.append([images, arm, str(len(seeds)), f"{ratio:.3g} times", f"{low:.3g} to {high:.3g}"])
+            seeds = before.keys() & after.keys()
+            if not (any_censored(before) or any_censored(after)):
+                logs[arm] = pd.Series({seed: np.log(after[seed].epochs / before[seed].epochs) for seed in seeds})
+        if len(logs) == 2:
+            logs["tanh / relu"] = logs["tanh"] - logs["relu"]
+        for what, values in logs.items():
+            ratio, low, high = np.exp(analysis.mean_and_interval(values.dropna().to_numpy()))
+            rows.append([images, what, str(values.count()), f"{ratio:.3g} times", f"{low:.3g} to {high:.3g}"])
     return markdown(rows)
 
 
@@ -266,7 +272,7 @@ def draw() -> None:
 def tables() -> str:
     """Return all tables of the README."""
     return (
-        f"{table()}\nWhat the initial weights do, by activation, paired by seed:\n\n{weights_table()}\n"
+        f"{table()}\nWhat the initial weights do, paired by seed:\n\n{weights_table()}\n"
         f"Epochs to 25 % of the trials, by learning rate:\n\n{rate_table()}"
     )
 

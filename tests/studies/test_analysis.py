@@ -236,7 +236,7 @@ def test_claims_of_a_lower_ratio_are_reproduced_below_one(make_study: MakeStudy)
         ("epochs_to_25", {"lrn": 2.0, "no_lrn": 2.0}, "withdrawn: arms tuned on another metric", "reproduced"),
         ("epochs_to_25", {"lrn": 2.0, "no_lrn": 3.0}, "withdrawn: arms tuned", "withdrawn: tuned value at the edge"),
         ("epochs_to_25", {"lrn": 1.0, "no_lrn": 2.0}, "withdrawn: arms tuned", "withdrawn: tuned value at the edge"),
-        ("epochs_to_25", {"lrn": 2.0, "another": 1.0}, "withdrawn: arms tuned", "reproduced"),
+        ("epochs_to_25", {"lrn": 2.0, "no_lrn": 2.0, "another": 1.0}, "withdrawn: arms tuned", "reproduced"),
     ],
 )
 def test_claims_are_withdrawn_if_one_of_their_arms_was_tuned_otherwise_or_at_the_edge(
