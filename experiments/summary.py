@@ -1,8 +1,8 @@
 """Write the tables and the forest plot of all studies' claims: python experiments/summary.py
 
 Reads the study.json and results.csv of every folder beside the script. Rewrites the tables between the markers
-`<!-- results -->` and `<!-- /results -->` in experiments/README.md (all claims) and README.md (those that count), and
-effects.svg.
+`<!-- results -->` and `<!-- /results -->` in experiments/README.md (all claims) and README.md (those on all of
+CIFAR-10), and effects.svg.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ METRICS = {  # in the README's table
     "epochs_to_25": "epochs to 25 % training error",
     "train_eval_epochs_to_25": "epochs to 25 % training error",
 }
-NATURAL = ("figure1/code2012", "figure1/fan_in", "contributions/cifar10")  # whose claims the README's table prefers
+NATURAL = ("figure1/code2012", "figure1/fan_in", "contributions/cifar10")  # the studies of the README's table
 
 
 def list_studies() -> list[Path]:
@@ -77,20 +77,11 @@ def origins(studies: list[str]) -> str:
 
 
 def tables() -> dict[Path, str]:
-    """Return the tables of each README.
-
-    The first has all claims; the second those that count, have an interval and are of `METRICS`: all claims on natural
-    images, and of each other folder the first claim that these do not have.
-    """
+    """Return the tables of each README: all claims; and those of `NATURAL` that count and are of `METRICS`."""
     claims = pd.concat(map(list_claims, list_studies()), ignore_index=True)
-    counts = ~claims["verdict"].str.startswith(analysis.WITHDRAWN) & (claims["95 % CI"] != "")
-    short = claims[counts & claims["metric"].isin(METRICS)]
+    short = claims[claims["study"].isin(NATURAL) & claims["metric"].isin(METRICS)]
+    short = short[~short["verdict"].str.startswith(analysis.WITHDRAWN)]
     short = short.assign(metric=short["metric"].map(METRICS)).drop(columns="margin")
-    natural, other = (short[short["study"].isin(NATURAL) == among] for among in (True, False))
-    known = set(zip(natural["metric"], natural["claim"], strict=True))
-    other = other[[claim not in known for claim in zip(other["metric"], other["claim"], strict=True)]]
-    other = other.groupby(other["study"].str.split("/").str[0], sort=False).head(1)
-    short = pd.concat([natural, other]).sort_index()
     others = published()
     full = claims.merge(others, how="left", on=["arm", "metric"]).fillna("")
     place = list(claims).index("claim") + 1

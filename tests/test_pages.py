@@ -19,7 +19,7 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
-    """And the sentences of the contributions' notebook have the right signs."""
+    """And the notebook of the contributions says what the verdicts are."""
     said = " ".join((figure3.HERE.parent / "README.md").read_text().split())
 
     def effects(study: str) -> dict[Any, Any]:
@@ -32,7 +32,7 @@ def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
     lrn, overlap = found["no_lrn", "eval/top1_error"], found["no_overlap", "eval/top1_error"]
     column = found["one_column", "eval/top1_error"]
     crops, dropout = (found[arm, "generalisation_gap"] for arm in ("no_crops_nor_flips", "no_dropout"))
-    assert f"half the filters, has {100 * column.effect:.1f} points more error" in said
+    assert f"fewer parameters, has {100 * column.effect:.1f} points more error" in said
     assert f"lowers the error by {100 * lrn.effect:.1f} points, a third of" in said
     assert lrn.effect / lrn.paper == pytest.approx(1 / 3, abs=0.05)
     assert f"does not lower the error: without overlap it is {-100 * overlap.effect:.1f} points lower" in said
@@ -48,6 +48,20 @@ def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
     tenth = effects("contributions/cifar10_5000")["no_dropout", "generalisation_gap"]
     assert f"a tenth of the images the gap is {100 * tenth.effect:.1f} points larger" in said
     assert {row.pairs for row in (lrn, overlap, column, crops, dropout)} == {10}
+    sizes = analysis.load_study(figure3.HERE.parent / "contributions" / "cifar10")["sizes"]
+    fewer = 1 - sizes["one_column"]["parameters"] / sizes["full"]["parameters"]
+    assert f"in conv1 to conv4 and {100 * fewer:.0f} % fewer parameters" in said
+    digits = effects("pooling")["no_overlap", "eval/top1_error"]
+    assert f"On digits it lowers it, by {100 * digits.effect:.1f} points" in said
+    notebook = (figure3.HERE.parent / "contributions" / "notebook.ipynb").read_text()
+    assert "**LRN** helps, by less than half" in notebook
+    assert lrn.verdict == analysis.SMALL_EFFECT
+    assert "**Overlapping pooling** does not help" in notebook
+    assert overlap.verdict == "contradicted"
+    assert "**Dropout** reduces the gap between test and training error, but not the test error" in notebook
+    assert dropout.verdict == "reproduced"
+    assert "**Two towers** help" in notebook
+    assert column.verdict == "reproduced"
 
 
 def test_committed_page_of_figure_3_is_current() -> None:
