@@ -32,8 +32,8 @@ def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
     lrn, overlap = found["no_lrn", "eval/top1_error"], found["no_overlap", "eval/top1_error"]
     column = found["one_column", "eval/top1_error"]
     crops, dropout = (found[arm, "generalisation_gap"] for arm in ("no_crops_nor_flips", "no_dropout"))
-    assert f"fewer parameters, has {100 * column.effect:.1f} points more error" in said
-    assert f"lowers the error by {100 * lrn.effect:.1f} points, a third of" in said
+    assert f"fewer parameters, has {100 * column.effect:.1f} points more test error" in said
+    assert f"lowers the test error by {100 * lrn.effect:.1f} points, a third of" in said
     assert lrn.effect / lrn.paper == pytest.approx(1 / 3, abs=0.05)
     assert f"does not lower the error: without overlap it is {-100 * overlap.effect:.1f} points lower" in said
     assert overlap.high < 0
@@ -46,7 +46,8 @@ def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
     )
     assert f"without it the gap is {gap_and_error}" in said
     tenth = effects("contributions/cifar10_5000")["no_dropout", "generalisation_gap"]
-    assert f"a tenth of the images the gap is {100 * tenth.effect:.1f} points larger" in said
+    assert f"With a tenth of the images, and four seeds, the gap is {100 * tenth.effect:.1f} points larger" in said
+    assert tenth.pairs == 4
     assert {row.pairs for row in (lrn, overlap, column, crops, dropout)} == {10}
     sizes = analysis.load_study(figure3.HERE.parent / "contributions" / "cifar10")["sizes"]
     fewer = 1 - sizes["one_column"]["parameters"] / sizes["full"]["parameters"]
