@@ -5,6 +5,8 @@ Reads the study.json and results.csv of every folder beside the script. Rewrites
 CIFAR-10), and effects.svg.
 """
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
@@ -101,6 +103,24 @@ def insert(text: str, table: str) -> str:
     if not (first and last):
         raise ValueError(f"the text must have a line {MARKERS[0].strip()} and, below it, a line {MARKERS[1]}")
     return before + first + table + last + after
+
+
+def renew_page(
+    description: str | None,
+    folder: Path,
+    collect: Callable[[Path], None],
+    draw: Callable[[], None],
+    tables: Callable[[], str],
+) -> None:
+    """Renew a page, as a script's command line says: `collect` from --runs, if given, `draw`, and write its tables."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, help="folder of the studies")
+    options = parser.parse_args()
+    if options.runs:
+        collect(options.runs)
+    draw()
+    readme = folder / "README.md"
+    readme.write_text(insert(readme.read_text(), tables()))
 
 
 def write_plot(path: Path) -> None:

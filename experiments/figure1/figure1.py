@@ -7,7 +7,6 @@ Beside the script is a folder for each study, with the files of experiments/keep
 the study continues; and trials.csv, which has the training error of the trials.
 """
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -277,17 +276,5 @@ def tables() -> str:
     )
 
 
-def main() -> None:
-    """Collect, if there is a folder of runs, draw the figures and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, help="folder of the studies figure1_code2012 and figure1_fan_in")
-    options = parser.parse_args()
-    if options.runs:
-        collect(options.runs)
-    draw()
-    readme = HERE / "README.md"
-    readme.write_text(summary.insert(readme.read_text(), tables()))
-
-
 if __name__ == "__main__":
-    main()
+    summary.renew_page(__doc__, HERE, collect, draw, tables)

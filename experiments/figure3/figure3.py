@@ -6,7 +6,6 @@
 RUNS has the studies ablation_contributions_cifar10 and initialisation_imagenette of PLAN.md, with their filters.npy.
 """
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,17 +153,5 @@ def tables() -> str:
     return f"{table()}\n{over_arms()}"
 
 
-def main() -> None:
-    """Collect, if there is a folder of runs, draw the figure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, help="folder of the studies")
-    options = parser.parse_args()
-    if options.runs:
-        collect(options.runs)
-    draw()
-    readme = HERE / "README.md"
-    readme.write_text(summary.insert(readme.read_text(), tables()))
-
-
 if __name__ == "__main__":
-    main()
+    summary.renew_page(__doc__, HERE, collect, draw, tables)

@@ -1,6 +1,7 @@
-"""Draw the curves of the study `initialisation` and write its table: python experiments/initialisation/trained.py
+"""Draw the curves of the study `initialisation` and write its table.
 
-Reads the files of the study in imagenette/, beside the script; experiments/keep.py keeps them of its runs.
+python experiments/initialisation/trained.py --runs=RUNS    # keep the files of the study in RUNS, then draw
+python experiments/initialisation/trained.py                # draw the files in imagenette/, beside the script
 """
 
 from pathlib import Path
@@ -9,11 +10,17 @@ import matplotlib as mpl
 
 from alexnet_jax.studies import analysis, plots
 from experiments import summary
+from experiments.keep import keep
 
 HERE = Path(__file__).resolve().parent
 STUDY = HERE / "imagenette"
 ERROR = "train_eval/top1_error"
 TRAINS_BELOW = 0.8  # training error; chance is 0.9. The criterion of PLAN.md
+
+
+def collect(runs: Path) -> None:
+    """Keep the files of the study in a folder of runs."""
+    keep(runs / "initialisation_imagenette", STUDY)
 
 
 def table() -> str:
@@ -32,12 +39,5 @@ def draw() -> None:
     figure.savefig(HERE / "curves.svg", metadata={"Date": None})
 
 
-def main() -> None:
-    """Draw the curves and write the table."""
-    draw()
-    readme = HERE / "README.md"
-    readme.write_text(summary.insert(readme.read_text(), table()))
-
-
 if __name__ == "__main__":
-    main()
+    summary.renew_page(__doc__, HERE, collect, draw, table)
