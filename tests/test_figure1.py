@@ -121,21 +121,22 @@ def test_committed_tables_and_the_sentences_about_them_are_current(figure1: Modu
         assert found == n
         assert low < float(ratio.removesuffix(" times")) < high
         assert low < float(trials) < high
-    assert "takes 1.43 times as many epochs as ReLU, and the interval, 1.29 to 1.58, lies below" in " ".join(text.split())
+    said = " ".join(text.split())
+    assert "takes 1.43 times as many epochs as ReLU, and the interval, 1.29 to 1.58, lies below" in said
     assert by_arm["weights of 2012, 5,000 images", "scaled_tanh"][6:8] == ["1.43 times", "1.29 to 1.58"]
     assert by_arm["weights of 2012, 5,000 images", "tanh"][7] == "1.93 to 2.24"
-    assert "the interval, 0.70 to 1.65, contains 1 and excludes 2" in " ".join(text.split())
+    assert "the interval, 0.70 to 1.65, contains 1 and excludes 2" in said
     assert by_arm["weights by fan-in, 5,000 images", "tanh"][7] == "0.695 to 1.65"
     changes = {}
     for row in figure1.weights_table().splitlines()[2:]:
         images, what, _, ratio, interval = (cell.strip() for cell in row.split("|")[1:-1])
         changes[images, what] = float(ratio.removesuffix(" times")), *map(float, interval.split(" to "))
     ratio, low, high = changes["50,000", "tanh / relu"]
-    assert f"the factor is about half as large**, {ratio} times, 95 % CI {low} to {high}" in " ".join(text.split())
-    assert "about twice as many epochs by fan-in; no change of tanh is seen" in " ".join(text.split())
+    assert f"the factor is about half as large**, {ratio} times, 95 % CI {low} to {high}" in said
+    assert "about twice as many epochs by fan-in; no change of tanh is seen" in said
     assert changes["50,000", "relu"][0] == pytest.approx(2, abs=0.2)
     assert changes["50,000", "tanh"][1] < 1 < changes["50,000", "tanh"][2]
-    assert "The three seeds that both initial weights have are too few to say" in " ".join(text.split())
+    assert "The three seeds that both initial weights have are too few to say" in said
     assert changes["5,000", "tanh / relu"][1] < 1 < changes["5,000", "tanh / relu"][2]
     _, with_choice = intervals = by_arm["weights of 2012", "tanh"][7:]
     assert with_choice
