@@ -1,8 +1,8 @@
 """Do the paper's initial weights train, and does it matter that many reimplementations divide the pixels by 58?
 
-The paper's text starts all weights from a standard deviation of 0.01 (section 5); the authors' code has 0.03 in
-conv3 to conv5. Both are for pixels of 0 to 255. There is no claim: the result is the curves, and how many
-seeds leave the error of chance.
+The paper's text starts all weights from a standard deviation of 0.01 (section 5); the authors' code has 0.03 in conv3
+to conv5. Both are for pixels of 0 to 255. There is no claim: the result is the curves, and how many seeds leave the
+error of chance.
 """
 
 from typing import Any

@@ -12,18 +12,18 @@ import tarfile
 from pathlib import Path
 
 from alexnet_jax.run_dir import StudyDir
-from alexnet_jax.studies import analysis
+from alexnet_jax.studies import report
 
 KEPT = ("config.json", "dataset.json", "env.json", "metrics.jsonl", "result.json", "study.json")  # of runs and studies
 
 
 def keep(study: Path, folder: Path) -> None:
-    """Write the files of a study into a folder."""
+    """Write the report of a study, and copy its files into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     files = StudyDir(study)
-    shutil.copy(files.study_file, folder)
-    analysis.load_runs(study).to_csv(folder / files.results_file.name, index=False)
-    analysis.load_curves(study).to_csv(folder / files.curves_file.name, index=False, float_format="%.6g")
+    report.write(study)
+    for file in (files.study_file, files.results_file, files.curves_file):
+        shutil.copy(file, folder)
     with tarfile.open(folder / "runs.tar.xz", "w:xz") as tar:
         for file in sorted(path for path in study.rglob("*.json*") if path.name in KEPT):
             tar.add(file, file.relative_to(study.parent))

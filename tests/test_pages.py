@@ -1,4 +1,4 @@
-"""The pages of figure 3 and of the initial weights say what their studies' files say."""
+"""The pages of results say what their studies' files say."""
 
 from pathlib import Path
 from typing import Any

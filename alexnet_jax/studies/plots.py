@@ -28,8 +28,8 @@ def plot_effects(effects: pd.DataFrame) -> Figure:
     """Plot the claims as a forest plot: differences of errors, ratios, and other differences on axes of their own.
 
     A dot and a line are the effect measured and its 95 % CI, a triangle points from a bound to where the effect is, the
-    diamond is the paper's effect, the grey band the margin. The axis of errors is linear up to 2
-    points, and logarithmic beyond. The frames of several studies may be concatenated.
+    diamond is the paper's effect, the grey band the margin. The axis of errors is linear up to 2 points and
+    logarithmic beyond. The frames of several studies may be concatenated.
     """
     units = effects.apply(_unit, axis="columns")
     counts = units.value_counts(sort=False)
