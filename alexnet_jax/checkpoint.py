@@ -231,7 +231,7 @@ def load_run(workdir: Path | str) -> TrainedNetwork:
     with Checkpoints(run.checkpoints) as checkpoints:
         restored = checkpoints.restore()
     if restored is None:
-        raise ValueError(f"{run.path}: has no checkpoint yet; train the run first")
+        raise ValueError(f"{run.path}: must have a checkpoint; train the run first")
     state, _ = restored
     variables = {name: state[name] for name in ("params", "batch_stats") if state.get(name)}
     statistics = statistics_lib.read(run.statistics_file)

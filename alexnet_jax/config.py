@@ -107,7 +107,7 @@ def _study_file(path: str) -> Path:
     bundled = FOLDER.joinpath(*file.parts[1:] if file.parts[:1] == ("configs",) else file.parts)
     if bundled.is_file():
         return bundled
-    raise ValueError(f"--config={path}: no such file; give a file of your own, or one of configs/")
+    raise ValueError(f"--config={path}: must be a file; give one of your own, or one of configs/")
 
 
 @contextlib.contextmanager
@@ -210,8 +210,9 @@ def require_key(config: ConfigDict, key: str) -> None:
     """Raise ValueError, with the nearest keys, if a config has no field of this dotted key."""
     keys = list(flatten(config))
     if key not in keys and not (key.startswith(_CHOICES_BY_ARM) and "tuning" in config):
-        nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0) + difflib.get_close_matches(key, keys)[1:]
-        raise ValueError(f"unknown config key {key!r}; did you mean {' or '.join(nearest)}?")
+        nearest = " or ".join(difflib.get_close_matches(key, keys))
+        remedy = f"did you mean {nearest}?" if nearest else "see configs/base.py"
+        raise ValueError(f"unknown config key {key!r}; {remedy}")
 
 
 def reference_run(study: ConfigDict) -> ConfigDict:

@@ -427,7 +427,7 @@ def _pool_padding(x: jax.Array, window: int, stride: int, ceil: bool) -> list[tu
     height, width = x.shape[1:3]
     if window > min(height, width):
         raise ValueError(
-            f"a pooling window of {window}x{window} does not fit a feature map of {height}x{width}: "
-            "use larger images (data.crop), smaller strides or fewer poolings"
+            f"model.pool.window={window}: must fit its feature map of {height}x{width}; use larger images (data.crop), "
+            "smaller strides or fewer poolings"
         )
     return [(0, (window - size) % stride if ceil else 0) for size in (height, width)]

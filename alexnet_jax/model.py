@@ -89,8 +89,8 @@ class AlexNet(nn.Module):
         size, (before, after) = x.shape[1], layer.padding
         if size + before + after < layer.kernel:
             raise ValueError(
-                f"{name}: a kernel of {layer.kernel}x{layer.kernel} does not fit a feature map of {size}x{size} padded "
-                f"by {before}+{after}: use larger images (data.crop), smaller strides or fewer poolings"
+                f"model.layers.{name}.kernel={layer.kernel}: must fit its feature map of {size}x{size}, padded by "
+                f"{before}+{after}; use larger images (data.crop), smaller strides or fewer poolings"
             )
         kinds: dict[str, Any] = {"conv": partial(nn.Conv, conv_general_dilated=layers.conv), "local": nn.ConvLocal}
         kernel, padding = (layer.kernel, layer.kernel), ((before, after), (before, after))

@@ -155,7 +155,7 @@ class Executor:
         return processes.put(tree, NamedSharding(self._mesh, PartitionSpec()))
 
     def local_rows(self, count: int) -> np.ndarray:
-        """Return which of the `count` rows of a batch, a multiple of `shards`, this process has: all, without a job."""
+        """Return which of `count` rows, a multiple of `shards`, this process holds: all, if it is no part of a job."""
         if processes.count() == 1:
             return np.arange(count)
         slices = self._rows.addressable_devices_indices_map((count,)).values()
@@ -253,7 +253,7 @@ def make_executor(name: str, towers: int, batch_size: int, parts: int = 1) -> Ex
     Args:
       name: "vmap", "pmap", "shard_map", or "auto": the last of them that has enough devices and uses several.
       batch_size: the batch is sharded over as many devices as divide it; in a job of several processes over all.
-      parts: equal parts of a shard, of one image at least, which divide it as the layout of the run does.
+      parts: into which each shard must divide: the towers, if they share its images (one_weird_trick), else 1.
 
     Raises:
       ValueError: pmap or shard_map has fewer devices than towers, or a job of several processes cannot use all of its

@@ -63,8 +63,8 @@ def requests(agree: Callable[[], bool] | None = None) -> Iterator[Request]:
     receives signals, no stop is requested.
 
     Args:
-      agree: in a job of several processes, whether they stop now. SIGTERM then is JAX's, which tells all of them, and
-        other signals become it.
+      agree: in a job of several processes, whether they stop now. JAX then handles SIGTERM and tells all of
+        them; other signals are sent again as SIGTERM.
     """
     global _outermost
     if threading.current_thread() is not threading.main_thread():

@@ -103,8 +103,8 @@ def open_run(config: ConfigDict) -> Setup:
             )
     if config.data.augment.colour.noise and dataset.channels != 3:
         raise ValueError(
-            f"data.augment.colour.noise={config.data.augment.colour.noise}: must be 0 for grey images; "
-            f"{config.data.name} has {dataset.channels} channel(s)"
+            f"data.augment.colour.noise={config.data.augment.colour.noise}: must be 0 for the images of "
+            f"{config.data.name}, which have {dataset.channels} channel(s)"
         )
     model.shapes(config.model, dataset.classes, (config.data.crop, config.data.crop, dataset.channels))
     parts = config.model.towers if config.train.layout == "one_weird_trick" else 1  # of a shard of the batch

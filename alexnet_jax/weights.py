@@ -139,8 +139,8 @@ def load_network(source: Path, config: ConfigDict | None) -> TrainedNetwork:
 def read_file(path: Path, config: ConfigDict) -> TrainedNetwork:
     """Read another program's file; mean and scale of the input are those that `write_file` stored, else the config's.
 
-    So are the classes' names, which are else ImageNet's if the config is for it. A file that is damaged, holds other
-    objects than arrays or does not fit the config raises ValueError.
+    So are the names of the classes; without them, those of ImageNet if the config is for it. A file that is damaged,
+    holds other objects than arrays or does not fit the config raises ValueError.
     """
     suffix = _suffix(path)
     try:

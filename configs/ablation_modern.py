@@ -25,7 +25,7 @@ GELU = {"model.activation": "gelu"}
 LABEL_SMOOTHING = {"train.label_smoothing": 0.1}
 TUNING = {
     "tuning.key": "optim.learning_rate",
-    # One grid for all arms: AdamW's best rate is about a tenth of the paper's rule's.
+    # One grid for all arms: AdamW's best learning rate is about a tenth of that of the paper's rule.
     "tuning.choices": (0.0003, 0.001, 0.003, 0.01, 0.03),
     "tuning.metric": "validation/top1_error",
 }

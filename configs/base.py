@@ -295,7 +295,7 @@ def get_config(
 
     config.train = ConfigDict()
     # How towers run: "vmap": all on one device; "pmap": one device each; "shard_map": each on several devices, which
-    # share the batch; "auto": the last of these for which there are enough devices.
+    # shard the batch; "auto": the last of these that can use several devices, else "vmap".
     config.train.executor = "auto"
     # What each of the towers' devices computes: "towers": its tower's part of every layer, as the paper; or
     # "one_weird_trick": before the first dense layer all towers, of its part of the images (Krizhevsky, 2014).

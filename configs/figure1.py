@@ -36,7 +36,7 @@ CHANGES = {
     "tuning.key": "optim.learning_rate",
     "tuning.metric": METRIC,
     "tuning.choices": (0.0003, 0.001, 0.003, 0.01, 0.03),
-    # Tanh learns fastest at higher rates than ReLU.
+    # Tanh learns fastest at higher learning rates than ReLU.
     "tuning.choices_by_arm": dict.fromkeys(("tanh", "scaled_tanh"), (0.003, 0.01, 0.03, 0.1, 0.3)),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from alexnet_jax.configs import base
+from alexnet_jax.configs import base, scales
 
 CODE2012: dict[str, Any] = {f"model.layers.{layer}.weight_std": 0.03 for layer in ("conv3", "conv4", "conv5")}
 SCALED = {"data.std": (58.0,)}  # about the standard deviation of ImageNet's pixels
@@ -17,4 +17,4 @@ ARMS = {"text": {}, "code2012": CODE2012, "text_scaled": SCALED, "code2012_scale
 
 
 def get_config(scale: str = "imagenette") -> ConfigDict:
-    return base.study(scale, ARMS, seeds=range(5))
+    return base.compare(base.get_config(scale, among=scales.PHOTOS), ARMS, seeds=range(5))

@@ -15,6 +15,7 @@ from alexnet_jax.configs import (
     ablation_pooling,
     ablation_towers,
     base,
+    scales,
 )
 from alexnet_jax.configs.networks import code2012, no_crossing, one_column
 
@@ -25,6 +26,7 @@ CHANGES = code2012.CHANGES | {"data.image_size": 146, "data.crop": 128, "model.p
 
 
 def get_config(scale: str = "imagenette") -> ConfigDict:
+    config = base.get_config(scale, CHANGES, scales.PHOTOS)
     augmentation = ablation_augmentation.arms(scale)
     arms: dict[str, Any] = {
         "code2012": {},
@@ -35,4 +37,4 @@ def get_config(scale: str = "imagenette") -> ConfigDict:
         **{arm: augmentation[arm] for arm in ("no_crops_nor_flips", "no_colour", "none")},
         "no_dropout": ablation_dropout.NO_DROPOUT,
     }
-    return base.study(scale, arms, CLAIMS, CHANGES, seeds=range(5))
+    return base.compare(config, arms, CLAIMS, seeds=range(5))

@@ -76,8 +76,8 @@ IMAGENETTE = {
     "train.checkpoint_every": 500,
 }
 
-# The paper's kernel sizes and strides with a quarter of its kernels and a sixteenth of its neurons, for photographs of
-# 128 pixels: feature maps of 31, 15, 7 and 3 pixels.
+# The paper's kernels and strides with a quarter of its filters and a sixteenth of its neurons, for photographs of 128
+# pixels: feature maps of 31, 15, 7 and 3 pixels.
 IMAGENETTE_SMALL = _narrow(
     conv1=(24, 0.07),
     conv2=(64, 0.08),

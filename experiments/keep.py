@@ -1,4 +1,4 @@
-"""Keep what a study's runs say: python experiments/keep.py RUNS/STUDY FOLDER
+"""Copy a study's results and the records of its runs: python experiments/keep.py RUNS/STUDY FOLDER
 
 Writes into FOLDER study.json, results.csv and curves.csv, which pages and tables read, and runs.tar.xz: the configs and
 records of all runs, without checkpoints, from which the study continues in any folder of runs:

@@ -71,7 +71,7 @@ def markdown(rows: list[list[str]]) -> str:
 def origins(studies: list[str]) -> str:
     """Return a table in Markdown: hours of each study's runs, from its results.csv, and machine and command."""
     machines = pd.read_csv(HERE / "machines.csv").set_index("study")
-    rows = [["study", "hours of the final runs, summed", "machine", "command"]]
+    rows = [["study", "hours of the reported runs, summed", "machine", "command"]]
     for study in studies:
         hours = pd.read_csv(HERE / study / "results.csv")["seconds"].sum() / 3600
         rows.append([study, f"{hours:.2f}", *machines.loc[study, ["machine", "command"]]])

@@ -271,5 +271,5 @@ def test_folder_without_a_checkpoint_is_refused(tmp_path: Path, network: Trained
     save_run(run, network, new_state(network.config, network.variables), {})
     for folder in run.checkpoints.iterdir():
         folder.rename(tmp_path / folder.name)
-    with pytest.raises(ValueError, match="run: has no checkpoint yet; train the run first"):
+    with pytest.raises(ValueError, match="run: must have a checkpoint; train the run first"):
         load_run(run.path)

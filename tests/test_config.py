@@ -185,6 +185,22 @@ def test_photos_have_feature_maps_of_equal_size_without_overlap() -> None:
     assert sizes["code2012"]["maps"]["conv1"].startswith("31x31")
 
 
+CONFIGS = [path for path in sorted((REPOSITORY / "configs").rglob("*.py")) if "scale: str" in path.read_text()]
+
+
+@pytest.mark.parametrize("file", [path for path in CONFIGS if path.stem != "scales"], ids=lambda file: file.stem)
+def test_every_config_runs_at_a_scale_or_says_which_ones_it_has(file: Path) -> None:
+    errors = {scale: refusal(config_lib.load_study, f"{file}:{scale}") for scale in scales.SCALES}
+    assert "" in errors.values()
+    for scale, error in errors.items():
+        if error:
+            assert f"scale={scale}: must be one of" in error
+            continue
+        study = config_lib.load_study(f"{file}:{scale}")
+        for arm in study.arms:
+            config_lib.validate(config_lib.run_config(study, arm, 0))
+
+
 def test_figure_1_has_two_initial_weights() -> None:
     with pytest.raises(ValueError, match="scale=cifar10: must be code2012 or fan_in"):
         load("figure1", "cifar10")
@@ -255,6 +271,7 @@ def test_changes_may_be_of_numpy() -> None:
     [
         ({"model.lrn.enable": False}, "^unknown config key 'model.lrn.enable'; did you mean model.lrn.enabled"),
         ({"model": {"lrn": 5}}, "^unknown config key 'model.lrn'"),
+        ({"foo": 5}, "^unknown config key 'foo'; see configs/base.py"),
         ({"model.lrn.n": "five"}, "^model.lrn.n='five': must be an integer$"),
     ],
 )

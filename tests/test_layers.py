@@ -84,7 +84,7 @@ def test_overlapping_and_other_pooling_of_the_paper_have_the_same_size(size: int
 
 
 def test_window_larger_than_the_feature_map_raises() -> None:
-    with pytest.raises(ValueError, match=r"window of 3x3 does not fit a feature map of 2x5: use larger images"):
+    with pytest.raises(ValueError, match=r"window=3: must fit its feature map of 2x5; use larger images"):
         layers.max_pool(jnp.zeros((1, 2, 5, 1)), window=3, stride=2, ceil=False)
 
 

@@ -183,10 +183,10 @@ def test_dropout_masks_in_training_and_scales(inverted: bool, kept: float, teste
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.crop": 8}, r"pooling window of 3x3 does not fit a feature map of 1x1: use larger images"),
+        ({"data.crop": 8}, r"model.pool.window=3: must fit its feature map of 1x1; use larger images"),
         (
             {"model.layers.conv1.kernel": 29},
-            r"conv1: a kernel of 29x29 does not fit a feature map of 23x23 padded by 2\+2: use larger",
+            r"conv1.kernel=29: must fit its feature map of 23x23, padded by 2\+2; use larger",
         ),
         (
             {"model.lrn.sees": "all", "model.lrn.n": 34},

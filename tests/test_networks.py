@@ -284,7 +284,7 @@ def test_summary_prints_the_totals_of_figure_2() -> None:
     ("arguments", "message"),
     [
         (["--config=configs/networks/code2012.py:embedded"], "must be one of imagenet2012, imagenette"),
-        (["--config=configs/networks/paper.py", "--config.data.crop=30"], "does not fit a feature map"),
+        (["--config=configs/networks/paper.py", "--config.data.crop=30"], "must fit its feature map"),
         (
             ["--config=configs/networks/paper.py", "--config.model.layers.conv2.features=255"],
             "a multiple of model.towers",

@@ -27,7 +27,8 @@ def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
         return {(row.arm, row.metric): row for row in frame.itertuples() if row.pairs}
 
     ratios = [effects(f"figure1/{name}")["tanh", "train_eval_epochs_to_25"].effect for name in ("code2012", "fan_in")]
-    assert "{:.1f} times as early as tanh with the initial weights of 2012, {:.1f} times with".format(*ratios) in said
+    of_2012, by_fan_in = (f"{ratio:.1f} times as many" for ratio in ratios)
+    assert f"tanh takes {of_2012} epochs to 25 % training error with the initial weights of 2012, {by_fan_in}" in said
     found = effects("contributions/cifar10")
     lrn, overlap = found["no_lrn", "eval/top1_error"], found["no_overlap", "eval/top1_error"]
     column = found["one_column", "eval/top1_error"]
@@ -53,7 +54,7 @@ def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
     fewer = 1 - sizes["one_column"]["parameters"] / sizes["full"]["parameters"]
     assert f"in conv1 to conv4 and {100 * fewer:.0f} % fewer parameters" in said
     digits = effects("pooling")["no_overlap", "eval/top1_error"]
-    assert f"On digits it lowers it, by {100 * digits.effect:.1f} points" in said
+    assert f"On digits overlap lowers the error, by {100 * digits.effect:.1f} points" in said
     notebook = (figure3.HERE.parent / "contributions" / "notebook.ipynb").read_text()
     assert "**LRN** helps, by less than half" in notebook
     assert lrn.verdict == analysis.SMALL_EFFECT
@@ -80,8 +81,8 @@ def test_committed_page_of_figure_3_is_current() -> None:
     paper: dict[Any, Any] = {
         (row.arm, row.seed): row for row in figure3.read().query("study != @figure3.SMALL").itertuples()
     }
-    assert "one seed of two has a tower for colour, with either initial weights" in said
-    assert "tower 1 is for colour from the weights of the text, tower 0 from those of the code" in said
+    assert "one seed of two has a tower that specialises in colour, with either initial weights" in said
+    assert "it is tower 1 from the weights of the text, tower 0 from those of the code" in said
     for arm, tower in (("text", 1), ("code2012", 0)):
         assert paper[arm, 0].p > 0.5
         assert paper[arm, 1].p < 0.01
@@ -132,7 +133,7 @@ def test_committed_page_of_the_initial_weights_is_current() -> None:
     assert set(counts.values()) == {("2", "2")}
     curves = analysis.load_curves(trained.STUDY).dropna(subset=[trained.ERROR])
     third = curves[curves["epoch"].between(2.9, 3.1)].groupby("arm")[trained.ERROR]
-    assert "after three epochs its training error is still above 80 %, with raw pixels about 50 %" in " ".join(
+    assert "after three epochs the training error is still above 80 %, with raw pixels about 50 %" in " ".join(
         text.split()
     )
     assert third.min()["code2012_scaled"] > 0.8

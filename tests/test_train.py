@@ -610,8 +610,8 @@ def test_folder_of_another_config_is_refused(whole: Path) -> None:
     [
         ({"train.batch_size": 4001}, "train.batch_size=4001: must be at most the 4000 training images of mnist5k"),
         ({"data.std": (1.0, 1.0)}, "data.std=(1.0, 1.0): must be one number, or one for each of the 1 channels"),
-        ({"data.augment.colour.noise": 0.1}, "data.augment.colour.noise=0.1: must be 0 for grey images"),
-        ({"model.layers.conv4.kernel": 9}, "conv4: a kernel of 9x9 does not fit a feature map of 5x5 padded by 1+1"),
+        ({"data.augment.colour.noise": 0.1}, "noise=0.1: must be 0 for the images of mnist5k, which have 1 channel"),
+        ({"model.layers.conv4.kernel": 9}, "conv4.kernel=9: must fit its feature map of 5x5, padded by 1+1; use"),
     ],
 )
 def test_config_that_does_not_fit_the_dataset_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

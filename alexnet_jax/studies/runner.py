@@ -3,8 +3,8 @@
 python -m alexnet_jax.main --config=configs/ablation_lrn.py[:SCALE] [--config.KEY=VALUE ...]
 
 Every arm runs with every seed, each in a folder of its own; several machines may share the study's folder. Re-run the
-command to resume: finished runs are skipped, interrupted runs continue. The processes of a job train one run after the
-other together.
+command to resume: finished runs are skipped, interrupted runs continue. The processes of a job (`launch`,
+`--cluster`) train each run together, one run after the other.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def plan(study: ConfigDict, workdir: Path, only: Sequence[str] = (), chosen: dic
 
 
 def trials(study: ConfigDict, workdir: Path, only: Sequence[str] = ()) -> list[Run]:
-    """Return the tuning runs, in which each arm tries every value of the tuned field; none if no field is tuned.
+    """Return the trials, in which each arm tries every value of the tuned field; none if no field is tuned.
 
     They use seeds of their own, and hold out validation images if they are tuned by a validation error, so that nothing
     is chosen on what the study reports.
@@ -116,7 +116,7 @@ def _grid(study: ConfigDict, arm: str) -> tuple[Any, ...]:
 
 
 def chosen_values(study: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Return what each arm chose that has finished its tuning runs: the value with the lowest mean of `tuning.metric`.
+    """Return what each arm chose that has finished its trials: the value with the lowest mean of `tuning.metric`.
 
     By arm: `chosen`, the value; `scores`, the mean metric of each value (None where it was never reached or a run
     failed), and `at_edge`, whether the chosen value is the smallest or largest: the best one may lie outside.
@@ -185,7 +185,7 @@ def _run_study(study: ConfigDict, workdir: Path, only: Sequence[str], request: s
 def _check(
     study: ConfigDict, workdir: Path, only: Sequence[str], extend: bool
 ) -> tuple[list[Run], list[Run], dict[str, Any]]:
-    """Check that all runs can run, before anything is written; return them, the tuning runs and the sizes of the arms.
+    """Check that all runs can run, before anything is written; return them, the trials and the sizes of the arms.
 
     Raises:
       ValueError: some run cannot run as configured.

@@ -67,7 +67,7 @@ def submit(jobs: Mapping[str, Sequence[str]], folder: Path, cluster: str, option
     try:
         import submitit
     except ImportError:
-        raise ValueError(f"--submit={cluster}: needs the package submitit; pip install submitit") from None
+        raise ValueError(f"--submit={cluster}: must have the package submitit; pip install submitit") from None
     try:
         parameters = json.loads(options)
         if not isinstance(parameters, dict):

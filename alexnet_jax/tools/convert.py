@@ -2,7 +2,7 @@
 
 SOURCE and TARGET are, by their names:
 
-- a folder: a run. As a target it must be new, holds a run that has done no step, and training starts from its weights.
+- a folder: a run. As a target it must be new: a run at step 0, for `evaluate`, `predict` and `run --init_from`.
 - NAME.npy: Caffe's layout (bvlc_alexnet.npy): by layer, kernels (height, width, in, out), channels blue, green, red.
 - NAME.safetensors, or as a source NAME.pth, .pt, .tar or .ckpt: torchvision's names and layout. The state_dict may
   be inside a training checkpoint, or of a model inside DataParallel and the like.

@@ -99,7 +99,7 @@ def ratio_interval(
 ) -> tuple[float, float] | None:
     """Return the 95 % bootstrap interval of the ratio of geometric means, with the choice of the learning rates.
 
-    Each sample draws tuning seeds and final seeds with replacement and chooses the learning rates anew. Final seeds ran
+    Each sample draws tuning seeds and fresh seeds with replacement and chooses the learning rates anew. Fresh seeds ran
     with the study's choice only: where a sample chooses another one, the times are those of the trials. Rates that were
     tried with fewer than `TUNING_SEEDS` are left out.
 
@@ -133,7 +133,7 @@ def kept() -> dict[str, Path]:
 
 
 def final_curves(study: Path) -> pd.DataFrame:
-    """Return the evaluations of the final runs."""
+    """Return the evaluations of the runs with fresh seeds."""
     curves = analysis.load_curves(study)
     return curves.dropna(subset=[ERROR]) if ERROR in curves else curves.iloc[:0]
 
@@ -154,7 +154,7 @@ def show(seeds: dict[int, Time]) -> str:
 
 
 def table() -> str:
-    """Return a row for each arm, in Markdown: its learning rate, its trials, its final runs, and ratios to ReLU."""
+    """Return a row for each arm, in Markdown: its learning rate, trials, runs with fresh seeds, and ratios to ReLU."""
     headings = [
         "study",
         "activation",
@@ -164,7 +164,7 @@ def table() -> str:
         "n",
         "reached 25 %",
     ]
-    rows = [[*headings, "epochs", "ratio", "95 % CI", "with the choice of the rate"]]
+    rows = [[*headings, "epochs", "ratio", "95 % CI", "with the choice of the learning rate"]]
     for name, study in kept().items():
         runs, trials, claims = analysis.load_runs(study), trial_times(study), analysis.verdicts(study).set_index("arm")
         finals = {arm: final_times(runs, arm) for arm in trials}

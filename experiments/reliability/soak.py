@@ -480,7 +480,7 @@ def main() -> None:
     """Run the scenario that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", choices=SCENARIOS)
-    parser.add_argument("--count", type=int, help="tries (kill: kills); default: as in the issue, or all cases")
+    parser.add_argument("--count", type=int, help="tries (kill: kills); default: those of results.csv, or all cases")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--results", type=Path, default=HERE / "results.csv", help="table to append to")
     parser.add_argument("--codes", default="143,130", help="signals: exit statuses after SIGTERM and SIGINT")

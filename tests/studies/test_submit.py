@@ -79,7 +79,7 @@ def test_missing_slurm_and_submitit_are_named(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match='Could not detect "srun"'):
         submit.submit(JOBS, tmp_path, "slurm", "{}")
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ValueError, match=r"^--submit=slurm: needs the package submitit; pip install"):
+    with pytest.raises(ValueError, match=r"^--submit=slurm: must have the package submitit; pip install"):
         submit.submit(JOBS, tmp_path, "slurm", "{}")
 
 
@@ -122,7 +122,7 @@ def test_each_arm_is_a_job_if_it_is_tuned(slurm: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_submitted_where_one_arm_cannot_run(slurm: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="pooling window of 30x30 does not fit"):
+    with pytest.raises(ValueError, match="model.pool.window=30: must fit its feature map"):
         main(tmp_path / "study", tiny_study(**{"model.pool.window": 30}), "--submit=slurm")
     with pytest.raises(ValueError, match="--submit_options: must come with --submit"):
         main(tmp_path / "study", tiny_study(), "--submit_options={}")

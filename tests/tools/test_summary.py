@@ -38,7 +38,7 @@ def test_classes_and_channels_default_to_those_of_the_embedded_dataset(capsys: p
 @pytest.mark.parametrize(
     ("overrides", "arguments", "message"),
     [
-        (["--config.data.crop=30"], {}, "does not fit a feature map"),
+        (["--config.data.crop=30"], {}, "must fit its feature map"),
         (["--config.model.layers.conv2.features=255"], {}, "a multiple of model.towers"),
         ([], {"classes": 0}, "--classes=0: must be 1 or more"),
     ],
