@@ -28,12 +28,14 @@ COLUMNS = (
     *COLOUR,
     *("images_per_second", "seconds"),
 )
+NUMBERS = COLUMNS[3:]
 TARGET_ERROR = 0.25
 TEXT_COLUMNS = ("arm", "status", "metric", "claim", "verdict")  # headings of names; other columns have numbers
 NO_EFFECT = "no effect (within the margin)"
 SMALL_EFFECT = "small effect (within the margin)"  # which differs from zero
 WITHDRAWN = "withdrawn: "  # how a verdict starts that does not count; the reason follows
 AT_LEAST, AT_MOST, UNKNOWN = "≥", "≤", "?"  # bounds of an effect, if runs are censored
+NONE_FOUND = "no value has a score, so the arm is not run; change tuning.choices or tuning.epochs"
 AT_EDGE = "at the edge of the grid: the optimum may lie outside"
 
 
@@ -116,21 +118,20 @@ def paired_effects(runs: pd.DataFrame, arm: str, metric: str, *, ratio: bool = F
     return pairs[:, 1] - pairs[:, 0]
 
 
-def compare(runs: pd.DataFrame, metric: str = "eval/top1_error", *, ratio: bool = False) -> pd.DataFrame:
-    """Return the mean of `metric` for each arm, and its effect: the difference to the first arm, or the `ratio`.
+def compare(runs: pd.DataFrame, metric: str = "eval/top1_error") -> pd.DataFrame:
+    """Return the mean of `metric` for each arm, and its effect: the difference to the first arm.
 
     Returns:
       A row for each arm: n (runs that have the metric), finished (runs), mean with its 95 % CI (low, high), and the
       effect, paired by seed: pairs, effect, effect_low, effect_high. A CI needs two runs: it is NaN for fewer.
     """
-    back = np.exp if ratio else np.asarray
     arms, rows = runs["arm"].unique(), []
     for arm in arms:
         of_arm = runs[runs["arm"] == arm]
         values = of_arm[metric].dropna().to_numpy(float)
-        effects = np.empty(0) if arm == arms[0] else paired_effects(runs, arm, metric, ratio=ratio)
+        effects = np.empty(0) if arm == arms[0] else paired_effects(runs, arm, metric)
         finished = (of_arm["status"] == "finished").sum()
-        estimates = (*mean_and_interval(values), len(effects), *back(mean_and_interval(effects)))
+        estimates = (*mean_and_interval(values), len(effects), *mean_and_interval(effects))
         rows.append((len(values), finished, *estimates))
     columns = ["n", "finished", "mean", "low", "high", "pairs", "effect", "effect_low", "effect_high"]
     return pd.DataFrame(rows, index=pd.Index(arms, name="arm"), columns=columns)
@@ -151,6 +152,18 @@ def effect_bound(runs: pd.DataFrame, arm: str, metric: str) -> str:
     censored = runs[metric].isna() & (runs["status"] == "finished")
     of_reference, of_arm = (bool(censored[runs["arm"] == name].any()) for name in (runs["arm"].iloc[0], arm))
     return {(False, False): "", (False, True): AT_LEAST, (True, False): AT_MOST}.get((of_reference, of_arm), UNKNOWN)
+
+
+def check_claim(claim: Mapping[str, Any], arms: Iterable[str]) -> None:
+    """Raise ValueError unless a claim is about a number of `COLUMNS` and another arm than the first, with a margin."""
+    about, (reference, *others) = f"claim about {claim['arm']!r}", arms
+    if claim["arm"] not in others:
+        raise ValueError(f"{about}: must be about an arm that is compared with {reference!r}: {', '.join(others)}")
+    if claim["metric"] not in NUMBERS:
+        raise ValueError(f"{about}: metric={claim['metric']!r} must be one of {', '.join(NUMBERS)}")
+    least, margin = 0 if claim["ratio"] is None else 1, claim.get("margin")
+    if margin is not None and margin <= least:
+        raise ValueError(f"{about}: margin={margin} must be more than {least}: a difference, or of a ratio a factor")
 
 
 def claim_margin(claim: Mapping[str, Any]) -> float:
@@ -188,21 +201,24 @@ def verdict(effects: np.ndarray, margin: float, *, higher: bool, bound: str = ""
     return "reproduced" if (low > 0) == higher else "contradicted"
 
 
-def _objection(study: Mapping[str, Any], arm: str, metric: str) -> str:
-    """Return why the verdict on a claim does not count, which is how the arm or the reference was tuned; or ""."""
+def _objection(study: Mapping[str, Any], runs: pd.DataFrame, arm: str, metric: str) -> str:
+    """Return why the verdict on a claim does not count: failed runs or tuning of the arm or the reference; or ""."""
+    compared = (next(iter(study["arms"])), arm)
+    if (runs["arm"].isin(compared) & (runs["status"] == "failed")).any():  # the others may be the lucky ones
+        return f"{WITHDRAWN}runs failed"
     tuning = study.get("tuning") or {"arms": {}}
-    tuned = [tuning["arms"][name] for name in (next(iter(study["arms"])), arm) if name in tuning["arms"]]
-    if tuned and (metric in CENSORED) != (_tuning_metric(tuning) in CENSORED):  # speed is tuned on speed
+    tuned = [tuning["arms"][name] for name in compared if name in tuning["arms"]]
+    if tuned and (metric in CENSORED) != (tuning["metric"] in CENSORED):  # speed is tuned on speed
         return f"{WITHDRAWN}arms tuned on another metric"
-    return f"{WITHDRAWN}tuned value at the edge of its grid" if any(map(_at_edge, tuned)) else ""
+    return f"{WITHDRAWN}tuned value at the edge of its grid" if any(each["at_edge"] for each in tuned) else ""
 
 
 def claim_effects(study: Path | str) -> pd.DataFrame:
     """Return a row for each claim, as numbers: `paper` is the paper's effect or NaN, low and high are the 95 % CI.
 
     `bound` says whether the effect is a bound, because runs are censored (`effect_bound`). The verdict is "withdrawn: "
-    and the reason if one of the two arms has its tuned value at the edge of the grid, or if arms were tuned by an error
-    and the claim is about speed, or the reverse.
+    and the reason if runs of one of the two arms failed, if one has its tuned value at the edge of the grid, or if arms
+    were tuned by an error and the claim is about speed, or the reverse.
     """
     runs, description, rows = load_runs(study), load_study(study), []
     for claim in description["claims"]:
@@ -212,7 +228,7 @@ def claim_effects(study: Path | str) -> pd.DataFrame:
         higher, bound = paper is None or paper > (1 if ratio else 0), effect_bound(runs, arm, metric)
         decision = verdict(effects, np.log(margin) if ratio else margin, higher=higher, bound=bound)
         if len(effects) > 1:
-            decision = _objection(description, arm, metric) or decision
+            decision = _objection(description, runs, arm, metric) or decision
         interval = (np.exp if ratio else np.asarray)(mean_and_interval(effects))
         measured = (*interval, bound, len(effects), margin, decision)
         rows.append((arm, metric, claim["source"], ratio, np.nan if paper is None else paper, *measured))
@@ -280,28 +296,22 @@ def size_notes(study: Path | str) -> dict[str, str]:
 
 
 def tuning_notes(study: Path | str) -> dict[str, str]:
-    """Return for each tuned arm the value that it chose, whether that is at the edge of the grid, and all scores."""
+    """Return for each tuned arm its chosen value, whether that is at the edge of the grid, and the scores of all."""
     tuning, notes = load_study(study).get("tuning") or {"arms": {}}, {}
-    metric = _tuning_metric(tuning)
-    failed, unit = "never reached or failed" if metric in CENSORED else "failed", " %" if is_fraction(metric) else ""
     for arm, tuned in tuning["arms"].items():
-        scores = tuned.get("scores") or tuned["errors"]
-        edge = f", {AT_EDGE}" if _at_edge(tuned) else ""
-        texts = [failed if score is None else _show(metric, score) + unit for score in scores.values()]
-        shown = ", ".join(f"{value}: {text}" for value, text in zip(scores, texts, strict=True))
-        notes[arm] = f"{tuning['key']} = {tuned['chosen']}{edge}. Tuned by {metric} ({shown})"
+        metric, key = tuning["metric"], tuning["key"]
+        failed, unit = (
+            "never reached or failed" if metric in CENSORED else "failed",
+            " %" if is_fraction(metric) else "",
+        )
+        texts = [
+            f"{value}: {failed if score is None else _show(metric, score) + unit}"
+            for value, score in tuned["scores"].items()
+        ]
+        edge = f", {AT_EDGE}" if tuned["at_edge"] else ""
+        found = f"{key}: {NONE_FOUND}" if tuned["chosen"] is None else f"{key} = {tuned['chosen']}{edge}"
+        notes[arm] = f"{found}. Tuned by {metric} ({', '.join(texts)})"
     return notes
-
-
-def _tuning_metric(tuning: Mapping[str, Any]) -> str:
-    """Return the metric that arms were tuned by; studies of version 0.1 do not name it."""
-    return tuning.get("metric", "validation/top1_error")
-
-
-def _at_edge(tuned: Mapping[str, Any]) -> bool:
-    """Return whether an arm's tuned value is at the edge of its grid; version 0.1 did not say so, and sorted it."""
-    values = list(tuned.get("scores") or tuned["errors"])
-    return tuned.get("at_edge", str(tuned["chosen"]) in (values[0], values[-1]))
 
 
 def is_fraction(metric: str) -> bool:
@@ -312,7 +322,7 @@ def is_fraction(metric: str) -> bool:
 def _read_csv(file: Path) -> pd.DataFrame:
     """Return the table that `report.write` wrote; raise DamagedFileError if the file has no such table."""
     try:
-        table = pd.read_csv(file)
+        table = pd.read_csv(file, dtype={"arm": str}, keep_default_na=False, na_values=[""])  # an arm may be "None"
     except ValueError as error:
         raise DamagedFileError(f"{file}: cannot be read ({error}); must be a table of runs") from None
     if missing := {"arm", "seed"} - set(table):

@@ -64,7 +64,7 @@ def write(study: Path | str) -> None:
         if note:
             print(f"{arm}: network of another size: {note}")
     for arm, note in analysis.tuning_notes(study).items():
-        if analysis.AT_EDGE in note:
+        if analysis.AT_EDGE in note or analysis.NONE_FOUND in note:
             print(f"{arm}: {note}")
     for status, count in runs["status"].value_counts().items():
         if status not in ("finished", "damaged"):

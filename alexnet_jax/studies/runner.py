@@ -31,7 +31,7 @@ from alexnet_jax.config import as_json, flatten, from_json, run_config
 from alexnet_jax.data import datasets
 from alexnet_jax.metrics import write_layout
 from alexnet_jax.run_dir import DamagedFileError, RunDir, StudyDir, write_json
-from alexnet_jax.studies import report, submit
+from alexnet_jax.studies import analysis, report, submit
 from alexnet_jax.studies.analysis import CENSORED, time_to_target
 from alexnet_jax.tools import summary
 
@@ -71,6 +71,9 @@ def plan(study: ConfigDict, workdir: Path, only: Sequence[str] = (), chosen: dic
         )
     if not study.arms or not study.seeds or len(set(study.seeds)) < len(study.seeds):
         raise ValueError(f"arms={list(study.arms)}, seeds={study.seeds}: must be at least one each, without repeats")
+    for arm in study.arms:
+        if not arm or set(arm) & set("/\\,"):
+            raise ValueError(f"arm {arm!r}: must be the name of a folder, without / and commas; rename it")
     return [
         _planned(study, arm, seed, StudyDir(workdir).run(arm, seed), _changes(study, arm, chosen))
         for seed in study.seeds
@@ -118,8 +121,9 @@ def _grid(study: ConfigDict, arm: str) -> tuple[Any, ...]:
 def chosen_values(study: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Return what each arm chose that has finished its trials: the value with the lowest mean of `tuning.metric`.
 
-    By arm: `chosen`, the value; `scores`, the mean metric of each value (None where it was never reached or a run
-    failed), and `at_edge`, whether the chosen value is the smallest or largest: the best one may lie outside.
+    By arm: `chosen`, the value, or None if none has a score; `scores`, the mean metric of each value (None where it was
+    never reached or a run failed), and `at_edge`, whether the chosen value is the smallest or largest number: the best
+    one may lie outside.
     """
     chosen: dict[str, Any] = {}
     for arm in study.arms:
@@ -131,14 +135,19 @@ def chosen_values(study: ConfigDict, workdir: Path) -> dict[str, Any]:
             for value in _grid(study, arm)
         }
         best = min(scores, key=lambda value: scores[value])
-        if math.isinf(scores[best]):
-            continue
+        is_found = math.isfinite(scores[best])
+        is_number = isinstance(best, int | float) and not isinstance(best, bool)
         chosen[arm] = {
-            "chosen": best,
+            "chosen": best if is_found else None,
             "scores": {str(value): None if math.isinf(score) else score for value, score in scores.items()},
-            "at_edge": best in (min(scores), max(scores)),
+            "at_edge": is_found and is_number and best in (min(scores), max(scores)),
         }
     return chosen
+
+
+def _found(choices: dict[str, Any]) -> dict[str, Any]:
+    """Return the chosen value of each arm that has one, of what `chosen_values` returned."""
+    return {arm: choice["chosen"] for arm, choice in choices.items() if choice["chosen"] is not None}
 
 
 def _score(folder: RunDir, metric: str) -> float:
@@ -173,7 +182,7 @@ def _run_study(study: ConfigDict, workdir: Path, only: Sequence[str], request: s
     write_layout(workdir)
     failed = _run_all(tuning_runs, request, extend, wait=True)
     if tuning_runs:
-        chosen = {arm: choice["chosen"] for arm, choice in chosen_values(study, workdir).items()}
+        chosen = _found(chosen_values(study, workdir))
         runs = [run for run in plan(study, workdir, only, chosen) if run.arm in chosen]
         _check_folders(runs, extend)
         _describe(study, workdir, sizes)
@@ -192,6 +201,12 @@ def _check(
     """
     _check_writable(workdir)
     runs, tuning_runs = plan(study, workdir, only), trials(study, workdir, only)
+    if extend and tuning_runs and study.tuning.epochs is None:
+        raise ValueError(
+            "--extend: must come with --config.tuning.epochs=N, the epochs of the trials, which are not extended"
+        )
+    for claim in study.claims:
+        analysis.check_claim(claim, study.arms)
     for run in tuning_runs:
         train.open_run(run.config)
     sizes = {}
@@ -199,7 +214,21 @@ def _check(
         dataset = train.open_run(run.config).dataset
         sizes[run.arm] = summary.sizes(run.config, dataset.classes, dataset.channels)
     _check_folders(tuning_runs or runs, extend)
+    _check_folders(_existing(study, workdir), extend)
     return runs, tuning_runs, sizes
+
+
+def _existing(study: ConfigDict, workdir: Path) -> list[Run]:
+    """Return the runs that the folder has, of any arm and seed: the study compares them with the selected ones."""
+    existing, key = [], study.tuning.key
+    with contextlib.suppress(DamagedFileError):  # study.json is written again; a run with a damaged config fails later
+        folders = StudyDir(workdir).runs() if StudyDir(workdir).study_file.exists() else []
+        for arm, seed, folder in folders:
+            config = folder.undamaged(RunDir.read_config)
+            if config is not None and arm in study.arms:
+                tuned = {arm: flatten(config)[key]} if key else None
+                existing.append(_planned(study, arm, seed, folder, _changes(study, arm, tuned)))
+    return existing
 
 
 def submit_study(
@@ -292,7 +321,7 @@ def _check_folders(runs: list[Run], extend: bool) -> None:
 def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
     """Write study.json, which tells the report about the study."""
     tuned = chosen_values(study, workdir)
-    chosen = {arm: choice["chosen"] for arm, choice in tuned.items()}
+    chosen = _found(tuned)
     description = {
         "name": workdir.name,
         "reported": f"{study.data.name}, {study.data.eval_split}",

@@ -1,6 +1,7 @@
 """Statistics of a study, against SciPy's tests of pairs and one-sided tests."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -44,11 +45,11 @@ def test_intervals_equal_those_of_scipys_paired_t_test(study: Path, errors: Erro
 
 
 def test_ratios_are_compared_on_a_logarithmic_scale(study: Path, errors: Errors) -> None:
-    compared = analysis.compare(analysis.load_runs(study), ratio=True)
+    ratios = analysis.paired_effects(analysis.load_runs(study), "no_lrn", "eval/top1_error", ratio=True)
     reference, values = (np.array(errors[arm]) for arm in ("lrn", "no_lrn"))
     paired = stats.ttest_rel(np.log(values), np.log(reference)).confidence_interval(0.95)
     np.testing.assert_allclose(
-        compared.loc["no_lrn", ["effect", "effect_low", "effect_high"]].to_numpy(float),
+        np.exp(analysis.mean_and_interval(ratios)),
         [stats.gmean(values) / stats.gmean(reference), np.exp(paired.low), np.exp(paired.high)],
     )
 
@@ -253,6 +254,44 @@ def test_claims_are_withdrawn_if_one_of_their_arms_was_tuned_otherwise_or_at_the
     ] * 2
 
 
+def test_claims_are_withdrawn_if_runs_of_their_arms_failed(make_study: MakeStudy) -> None:
+    """Those that did not fail may be the lucky ones."""
+    study = make_study()
+    assert not analysis.verdicts(study)["verdict"].str.startswith(analysis.WITHDRAWN).any()
+    run = StudyDir(study).run("no_lrn", 0)
+    run.result_file.unlink()
+    write_json(run.failure_file, {"error": "training has diverged", "traceback": ""})
+    assert (analysis.verdicts(study)["verdict"] == f"{analysis.WITHDRAWN}runs failed").all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arm": "lrn"}, "'lrn': must be about an arm that is compared with 'lrn': no_lrn"),
+        ({"metric": "eval/top1"}, "metric='eval/top1' must be one of steps, epochs,"),
+        ({"metric": "status"}, "metric='status' must be"),
+        ({"margin": 0.0}, "margin=0.0 must be more than 0"),
+        ({"difference": None, "ratio": 6.0, "margin": 0.8}, "margin=0.8 must be more than 1"),
+    ],
+)
+def test_claims_that_no_study_can_decide_are_refused(changes: dict[str, Any], message: str) -> None:
+    claim = {"arm": "no_lrn", "metric": "eval/top1_error", "difference": 0.014, "ratio": None, "margin": 0.007}
+    analysis.check_claim(claim, ["lrn", "no_lrn"])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        analysis.check_claim(claim | changes, ["lrn", "no_lrn"])
+
+
+def test_arms_may_have_names_like_numbers(make_study: MakeStudy, tmp_path: Path) -> None:
+    """And like missing values: in the files that are kept of a study, too."""
+    study = make_study({"0.010": [0.1, 0.2], "0.1": [0.2, 0.4], "None": [0.3, 0.2]})
+    kept = StudyDir(tmp_path / "kept")
+    kept.path.mkdir()
+    shutil.copy(StudyDir(study).study_file, kept.study_file)
+    analysis.load_runs(study).to_csv(kept.results_file, index=False)
+    compared = analysis.compare(analysis.load_runs(kept.path))
+    assert compared["pairs"].to_dict() == {"0.010": 0, "0.1": 2, "None": 2}
+
+
 def test_study_without_claims_has_no_verdicts(make_study: MakeStudy) -> None:
     assert analysis.verdicts(make_study(claims=[])).empty
 
@@ -292,18 +331,16 @@ def test_size_notes_list_what_differs_from_the_first_arm(make_study: MakeStudy) 
 @pytest.mark.parametrize(
     ("chosen", "scores", "note"),
     [
+        (None, {"0.1": None, "0.2": None}, f"rate: {analysis.NONE_FOUND}. Tuned by METRIC (SCORES)"),
         (0.01, {"0.001": 0.2, "0.01": 0.1, "0.1": None}, "rate = 0.01. Tuned by METRIC (SCORES)"),
         (0.1, {"0.001": 0.2, "0.01": 0.3, "0.1": 0.1}, f"rate = 0.1, {analysis.AT_EDGE}. Tuned by METRIC (SCORES)"),
     ],
 )
-@pytest.mark.parametrize("older", [False, True])
 def test_tuning_notes_report_values_at_the_edge_of_the_grid(
-    make_study: MakeStudy, chosen: float, scores: dict[str, float | None], note: str, older: bool
+    make_study: MakeStudy, chosen: float | None, scores: dict[str, float | None], note: str
 ) -> None:
     tuned: dict[str, Any] = {"chosen": chosen, "scores": scores, "at_edge": chosen == 0.1}
     tuning = {"key": "rate", "metric": "validation/top1_error", "arms": {"lrn": tuned}}
-    if older:
-        tuning = {"key": "rate", "arms": {"lrn": {"chosen": chosen, "errors": scores}}}
     shown = ", ".join(f"{value}: {'failed' if s is None else f'{100 * s:.2f} %'}" for value, s in scores.items())
     expected = note.replace("METRIC", "validation/top1_error").replace("SCORES", shown)
     assert analysis.tuning_notes(make_study(tuning=tuning)) == {"lrn": expected}

@@ -125,6 +125,64 @@ def test_another_config_is_refused_before_anything_is_written(trained: list[tupl
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("selected", [{"only": ["no_lrn"]}, {"seeds": (1, 2)}])
+def test_runs_of_another_config_are_refused_beside_those_that_are_not_selected(
+    selected: dict[str, Any], trained: list[tuple[str, Path]], tmp_path: Path
+) -> None:
+    """Otherwise a study would compare arms, or pair seeds, of different configs."""
+    runner.run_study(tiny_study(), tmp_path, only=["lrn"])
+    study = tiny_study(**{"optim.momentum": 0.8, "seeds": selected.get("seeds", (0,))})
+    with pytest.raises(
+        ValueError, match=r"lrn/seed_0 holds a run of another config \(optim.momentum was 0.9, is 0.8\)"
+    ):
+        runner.run_study(study, tmp_path, selected.get("only", ["lrn"]))
+    assert len(trained) == 1
+
+
+@pytest.mark.slow
+def test_grid_of_one_arm_is_extended_beside_finished_runs(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
+    config = tuned_study(0.01, 0.02)
+    assert runner.run_study(config, tmp_path) == []
+    config.tuning.choices_by_arm = ConfigDict({"tanh": (0.01, 0.02, 0.005)})
+    assert runner.run_study(config, tmp_path, ["tanh"]) == []
+    config.tuning.choices_by_arm = ConfigDict({"relu": (0.01, 0.02, 0.03), "tanh": (0.01, 0.02, 0.005)})
+    assert runner.run_study(config, tmp_path, ["tanh"]) == []
+    assert len(trained) == 4 + 2 + 1
+
+
+@pytest.mark.slow
+def test_trials_are_not_extended(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
+    """Without a length of their own, they would have that of the runs, and could choose anew."""
+    config = tuned_study(0.01, 0.02, **{"tuning.epochs": None})
+    assert runner.run_study(config, tmp_path) == []
+    trained.clear()
+    config.train.epochs = 0.008
+    with pytest.raises(ValueError, match=r"must come with --config\.tuning\.epochs=N"):
+        runner.run_study(config, tmp_path, extend=True)
+    config.tuning.epochs = 0.004
+    assert runner.run_study(config, tmp_path, extend=True) == []
+    assert [folder for _, folder in trained] == [tmp_path / arm / "seed_0" for arm in ("relu", "tanh")]
+
+
+@pytest.mark.parametrize("name", ["a/b", "a,b", ""])
+def test_arm_that_names_no_folder_is_refused(name: str, tmp_path: Path) -> None:
+    study = tiny_study()
+    study.arms = ConfigDict({"lrn": {}, name: {}}, sort_keys=False)
+    with pytest.raises(ValueError, match="must be the name of a folder"):
+        runner.run_study(study, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.slow
+def test_claim_that_cannot_be_decided_is_refused_before_training(tmp_path: Path) -> None:
+    study = tiny_study()
+    study.claims = (base.claim("no_lrn", "eval/top1", "my notes", difference=0.01),)
+    with pytest.raises(ValueError, match="metric='eval/top1' must be one of"):
+        runner.run_study(study, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.slow
 def test_finished_runs_are_extended(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
     """And those that have not begun run to the same end."""
     runner.run_study(tiny_study(), tmp_path, only=["lrn"])
@@ -316,7 +374,28 @@ def test_arm_whose_trials_all_failed_is_not_run(trained: list[tuple[str, Path]],
     failed = runner.run_study(tuned_study(2.0, 5.0), tmp_path, only=["tanh"])
     assert [run.value for run in failed] == [2.0, 5.0]
     assert {folder.name for _, folder in trained} == {"seed_1000"}
-    assert StudyDir(tmp_path).read()["tuning"]["arms"] == {}
+    scores = {"2.0": None, "5.0": None}
+    assert StudyDir(tmp_path).read()["tuning"]["arms"] == {"tanh": {"chosen": None, "scores": scores, "at_edge": False}}
+
+
+@pytest.mark.slow
+def test_arm_whose_trials_never_reach_25_is_named(
+    trained: list[tuple[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tuned_study(0.001, 0.002, **{"tuning.metric": "epochs_to_25"})
+    assert runner.run_study(config, tmp_path) == []
+    expected = (
+        f"relu: optim.learning_rate: {analysis.NONE_FOUND}. Tuned by epochs_to_25 (0.001: never reached or failed"
+    )
+    assert expected in " ".join(capsys.readouterr().out.split())
+    assert analysis.NONE_FOUND in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_only_a_number_is_at_the_edge_of_its_grid(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
+    config = tuned_study(**{"tuning.key": "optim.schedule", "tuning.choices": ("step", "cosine")})
+    assert runner.run_study(config, tmp_path) == []
+    assert not any(choice["at_edge"] for choice in runner.chosen_values(config, tmp_path).values())
 
 
 def test_arm_chooses_only_after_its_last_trial(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
@@ -544,7 +623,8 @@ def test_unknown_arm_raises_with_the_arms() -> None:
 def test_nothing_starts_where_one_arm_cannot_run(trained: list[tuple[str, Path]], tmp_path: Path) -> None:
     config = tiny_study()
     config.arms = ConfigDict({"lrn": {}, "wide": {"model": {"pool": {"window": 30}}}}, sort_keys=False)
-    with pytest.raises(ValueError, match="pooling window of 30x30 does not fit"):
+    config.claims = ()
+    with pytest.raises(ValueError, match=r"model\.pool\.window=30: must fit its feature map"):
         runner.run_study(config, tmp_path / "study", only=["lrn"])
     assert not trained
     assert not (tmp_path / "study").exists()

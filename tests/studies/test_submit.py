@@ -122,7 +122,7 @@ def test_each_arm_is_a_job_if_it_is_tuned(slurm: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_submitted_where_one_arm_cannot_run(slurm: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model.pool.window=30: must fit its feature map"):
+    with pytest.raises(ValueError, match=r"model\.pool\.window=30: must fit its feature map"):
         main(tmp_path / "study", tiny_study(**{"model.pool.window": 30}), "--submit=slurm")
     with pytest.raises(ValueError, match="--submit_options: must come with --submit"):
         main(tmp_path / "study", tiny_study(), "--submit_options={}")
