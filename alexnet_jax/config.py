@@ -24,6 +24,7 @@ SECTIONS = ("model", "data", "optim", "train", "eval")
 
 ACTIVATIONS = ("relu", "tanh", "scaled_tanh", "gelu", "silu")
 OPERATIONS = ("activation", "lrn", "spatial_lrn", "batch_norm", "max_pool", "avg_pool", "dropout")
+SPATIAL = ("spatial_lrn", "max_pool", "avg_pool")  # operations on feature maps
 KINDS = ("conv", "local", "dense")
 WINDOW = ("kernel", "stride", "padding")  # fields that dense layers do not have
 SEES = ("all", "own")
@@ -49,7 +50,6 @@ FREE = (
     "train.executor",
     "train.layout",
     "train.steps_per_dispatch",
-    "train.log_every",
     "train.profile",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -374,6 +374,9 @@ def _rules(config: ConfigDict) -> Iterator[tuple[str, _Rule]]:
     yield "model.order", _Rule(lambda order: len(set(order)) == len(order) > 0, "at least one layer, and each once")
     for name in model.order:
         yield from _layer_rules(f"model.layers.{name}", model.layers[name], model.towers, name == model.order[-1])
+    kinds = [model.layers[name].kind for name in model.order]
+    rule = 'convolutions, of which the first is of kind "conv", then dense layers'
+    yield "model.order", _Rule(lambda order: kinds[0] == "conv" and sorted(kinds, key="dense".__eq__) == kinds, rule)
     yield "model.lrn.n", _at_least(1, 10_000)
     yield "model.lrn.k", _POSITIVE
     yield "model.lrn.alpha", _at_least(0)
@@ -458,7 +461,10 @@ def _layer_rules(key: str, layer: ConfigDict, towers: int, last: bool) -> Iterat
     yield f"{key}.freeze_epoch", _or_none(_EPOCHS)
     yield f"{key}.then", _some_of(*OPERATIONS)
     yield f"{key}.then", _Rule(lambda then: list(then).count("batch_norm") <= 1, "a tuple with batch_norm at most once")
-    if layer.kind != "dense":
+    if layer.kind == "dense":
+        rule = f"a tuple without {', '.join(SPATIAL)} in a dense layer"
+        yield f"{key}.then", _Rule(lambda then: not set(then) & set(SPATIAL), rule)
+    else:
         kernel = layer.kernel
         yield f"{key}.kernel", _at_least(1, 1000)
         yield f"{key}.stride", _at_least(1, 1000)

@@ -430,4 +430,6 @@ def _pool_padding(x: jax.Array, window: int, stride: int, ceil: bool) -> list[tu
             f"model.pool.window={window}: must fit its feature map of {height}x{width}; use larger images (data.crop), "
             "smaller strides or fewer poolings"
         )
-    return [(0, (window - size) % stride if ceil else 0) for size in (height, width)]
+    # With strides larger than the window, the last one would lie outside: it is left out, as in Caffe.
+    rest = [(window - size) % stride if ceil else 0 for size in (height, width)]
+    return [(0, after if after < window else 0) for after in rest]

@@ -401,6 +401,7 @@ class StudyDir:
         self.results_file = self.path / "results.csv"  # a row for each run
         self.curves_file = self.path / "curves.csv"  # a row for each logged step of each run
         self.report_file = self.path / "report.html"
+        self.lock_file = self.path / ".study.lock"  # of a process that reads the runs and writes a file above
 
     def run(self, arm: str, seed: int) -> RunDir:
         """Return the folder of the run of an arm with a seed."""
@@ -456,7 +457,9 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    """Return git's output for the repository of this file, or "" outside a repository."""
+    """Return git's output for the repository of this file, or "" if none tracks it, as when it is installed."""
+    if arguments[0] != "ls-files" and not _git("ls-files", __file__):
+        return ""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()

@@ -54,12 +54,12 @@ class Setup:
     dataset: Dataset
     executor: Executor
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> float:
         """Steps in which as many images are seen as the training set has; need not be whole."""
         return len(self.dataset.train) / self.config.train.batch_size
 
-    @property
+    @functools.cached_property
     def steps(self) -> int:
         """Steps of the whole run."""
         return max(1, round(self.config.train.epochs * self.steps_per_epoch))
@@ -358,8 +358,13 @@ def _train(
                 if last or due.save or stopping:
                     with timer.paused(state):
                         _check_finite(flatten_dict(state.variables, sep="/"), step)
-                        writer.flush()
-                        checkpoints.save(step, state, dataclasses.asdict(progress))
+                        # A checkpoint whose records are lost could not be resumed; the one before can.
+                        if not processes.any_process(not writer.flush()):
+                            checkpoints.save(step, state, dataclasses.asdict(progress))
+                        elif last or stopping:
+                            raise OSError(
+                                f"{records.path}: the records of step {step} cannot be written; free the disk"
+                            )
                 if stopping and not last:
                     request.obey(f"{run.path}: stopped at step {step} of {steps}; a checkpoint is saved")
             outcomes = outcomes or evaluate_all(state, stats)

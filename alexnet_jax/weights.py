@@ -130,6 +130,12 @@ def load_network(source: Path, config: ConfigDict | None) -> TrainedNetwork:
         for kind, layers in needed.items():
             loaded = network.variables.get(kind, {})
             _check_fits(str(source), loaded, layers, sorted({*layers, *loaded}))
+        size = config.data.image_size if network.statistics is None else len(network.statistics.mean)
+        if config.data.image_size != size:
+            raise ValueError(
+                f"data.image_size={config.data.image_size}: must be {size} pixels, as the mean image of {source}; "
+                f"give --config.data.image_size={size}"
+            )
         return network._replace(config=config)
     if config is None:
         raise ValueError(f"{source}: must come with its architecture; give --config=configs/networks/...")

@@ -14,7 +14,10 @@ from pathlib import Path
 from alexnet_jax.run_dir import StudyDir
 from alexnet_jax.studies import report
 
-KEPT = ("config.json", "dataset.json", "env.json", "metrics.jsonl", "result.json", "study.json")  # of runs and studies
+KEPT = (  # of runs and studies
+    *("config.json", "dataset.json", "env.json", "metrics.jsonl", "result.json", "study.json"),
+    *("failure.json", "initial.json", "extended.json"),
+)
 
 
 def keep(study: Path, folder: Path) -> None:

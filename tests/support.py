@@ -47,7 +47,6 @@ FREELY_CHANGED: dict[str, Any] = {
     "train.executor": "vmap",
     "train.layout": "one_weird_trick",
     "train.steps_per_dispatch": 2,
-    "train.log_every": 3,
     "train.profile": 1,
     "train.checkpoint_every": 4,
     "train.keep_checkpoints": 1,

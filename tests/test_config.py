@@ -293,6 +293,13 @@ MISTAKES = {
     (STUDY, "--config.model.lrm.enabled=False"): "key 'model.lrm.enabled'; did you mean model.lrn.enabled",
     (STUDY, "--config.model.dropuot.rate=0"): "key 'model.dropuot.rate'; did you mean model.dropout.rate",
     (STUDY, "--config.train.batch_size=many"): "train.batch_size='many': must be an integer",
+    (STUDY, "--config.model.order=('fc6','fc7','fc8')"): "must be convolutions, of which the first is of kind",
+    (STUDY, "--config.model.order=('conv1','fc6','conv2','fc8')"): "then dense layers",
+    (STUDY, "--config.model.layers.conv1.kind=local"): "must be convolutions, of which the first is of kind",
+    (
+        STUDY,
+        "--config.model.layers.fc6.then=('activation','max_pool')",
+    ): "must be a tuple without spatial_lrn, max_pool",
     (STUDY, "surplus"): "unknown argument 'surplus'",
     ("--config=configs/ablation_lrn.py:cifar11",): "scale=cifar11: must be one of embedded, cifar10, ",
     ("--config=configs/ablation_lnr.py",): "configs/ablation_lnr.py",

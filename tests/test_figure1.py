@@ -7,8 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from alexnet_jax.run_dir import RunDir, StudyDir, write_json
 from alexnet_jax.studies import analysis
@@ -74,6 +76,17 @@ def test_trial_that_is_not_finished_is_censored(figure1: ModuleType, kept: Path)
     assert figure1.best_rate(times["tanh"]) == 0.03
 
 
+def test_trial_that_failed_at_once_keeps_its_learning_rate_from_being_chosen(
+    figure1: ModuleType, kept: Path, tmp_path: Path
+) -> None:
+    study = StudyDir(tmp_path / "runs" / "figure1_code2012")
+    write_run(study.trial("relu", "optim.learning_rate", 0.003, 1001), finished=False)
+    figure1.collect(tmp_path / "runs")
+    times = figure1.trial_times(kept / "code2012")["relu"]
+    assert times[0.003][1001] == figure1.Time(0.0, censored=True)
+    assert figure1.best_rate(times) == 0.001
+
+
 def test_study_continues_from_the_archive(figure1: ModuleType, kept: Path, tmp_path: Path) -> None:
     with tarfile.open(kept / "code2012" / "runs.tar.xz") as tar:
         assert not [name for name in tar.getnames() if "checkpoints" in name]
@@ -92,8 +105,20 @@ def test_interval_includes_the_choice_of_the_rate(figure1: ModuleType) -> None:
     # In samples that draw the second tuning seed often, the other rate is better, and its times are 1.
     unclear = clear | {"relu": {0.003: times(2, 2, 2), 0.01: times(4, 1, 4)}}
     low, high = figure1.ratio_interval(unclear, finals, "tanh", "relu")
-    assert low == pytest.approx(4.0)
+    assert low < 3
     assert high > 5
+    # Without another choice, the interval is that of the paired t-test.
+    spread = {"relu": times(2.0, 2.5, 3.0, 2.2), "tanh": times(8.0, 9.0, 13.0, 8.0)}
+    differences = [np.log(spread["tanh"][i].epochs / spread["relu"][i].epochs) for i in range(4)]
+    expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    interval = figure1.ratio_interval(clear, spread, "tanh", "relu")
+    assert np.log(interval) == pytest.approx(tuple(expected), rel=0.03)
+    # A bound has no interval; learning rates may have been tried with other seeds.
+    censored = finals | {"tanh": {0: figure1.Time(8.0, censored=False), 1: figure1.Time(9.0, censored=True)}}
+    assert figure1.ratio_interval(clear, censored, "tanh", "relu") is None
+    shifted = {seed + 1: time for seed, time in times(9, 9, 9, 9).items()}
+    others = clear | {"tanh": {0.01: times(8, 8, 8, 8), 0.03: shifted}}
+    assert figure1.ratio_interval(others, finals, "tanh", "relu") == pytest.approx((4.0, 4.0))
     few = {"relu": {0.003: times(2, 2, 2)}, "tanh": {0.01: times(8, 8, 8), 0.03: times(9)}}
     assert figure1.ratio_interval(few, finals, "tanh", "relu") == pytest.approx((4.0, 4.0))
     few["tanh"][0.03] = times(7)  # might be the best

@@ -88,6 +88,17 @@ def test_window_larger_than_the_feature_map_raises() -> None:
         layers.max_pool(jnp.zeros((1, 2, 5, 1)), window=3, stride=2, ceil=False)
 
 
+@pytest.mark.parametrize(("window", "stride"), [(2, 3), (1, 4), (2, 5), (3, 4)])
+def test_with_ceil_and_gaps_no_window_lies_outside(window: int, stride: int) -> None:
+    """As in Caffe, which clips the last window if it would start beyond the edge."""
+    for size in range(window, 12):
+        x = np.random.default_rng(0).normal(size=(1, size, size, 1)).astype(np.float32)
+        starts = [start for start in range(0, size, stride) if start == 0 or start - stride + window < size]
+        expected = [[x[:, i : i + window, j : j + window].max() for j in starts] for i in starts]
+        pooled = layers.max_pool(jnp.array(x), window=window, stride=stride, ceil=True)
+        np.testing.assert_array_equal(pooled[0, :, :, 0], np.array(expected))
+
+
 @pytest.mark.parametrize(("size", "pooled"), [(32, 16), (16, 8), (8, 4), (24, 12), (12, 6), (6, 3), (55, 27), (13, 6)])
 def test_with_ceil_a_last_window_extends_over_the_edge(size: int, pooled: int) -> None:
     """cuda-convnet's feature maps of 32 and 24 pixels; for the paper's it makes no difference."""

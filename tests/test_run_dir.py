@@ -339,6 +339,20 @@ def test_environment_names_versions_and_commit(monkeypatch: pytest.MonkeyPatch, 
     assert run_dir.environment() == environment | {"commit": "", "uncommitted_changes": False}
 
 
+def test_environment_of_an_installed_package_names_no_commit_of_the_repository_around_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    identity = ("-c", "user.name=somebody", "-c", "user.email=somebody@localhost")
+    for arguments in (["init", "--quiet"], [*identity, "commit", "--quiet", "--allow-empty", "--message=theirs"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    installed = tmp_path / ".venv" / "run_dir.py"
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr(run_dir, "__file__", str(installed))
+    environment = run_dir.environment()
+    assert (environment["commit"], environment["uncommitted_changes"]) == ("", False)
+
+
 @pytest.fixture
 def complete(tmp_path: Path) -> RunDir:
     """Return the folder of a finished run."""

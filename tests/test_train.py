@@ -1,6 +1,7 @@
 """A run is a function of its config: repeated, or interrupted and resumed, it gives the same bits."""
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import json
@@ -22,7 +23,7 @@ import pytest
 from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alexnet_jax import evaluate, metrics, optim, parallel, stop, train
+from alexnet_jax import evaluate, events, metrics, optim, parallel, stop, train
 from alexnet_jax.checkpoint import Checkpoints, load_run
 from alexnet_jax.config import as_json
 from alexnet_jax.data import datasets, loader, prepare, sources, statistics
@@ -646,6 +647,34 @@ def test_network_that_is_not_finite_is_neither_saved_nor_finished(
     assert run.result is None
     assert [path.name for path in run.checkpoints.iterdir()] == ([] if name == "parameters" else ["3"])
     assert not any("eval/loss" in line for line in run.metrics())
+
+
+@pytest.mark.slow
+def test_checkpoint_waits_for_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While no record can be written, there is no checkpoint either, which could not be resumed."""
+    config = run_config(**SHALLOW)
+    train.train_and_evaluate(config, tmp_path / "whole")
+    progress, write, full = MetricWriter.progress, events.os.write, False
+
+    def progress_on_full_disk(self: MetricWriter, step: int) -> None:
+        nonlocal full
+        full = full or step > 4
+        progress(self, step)
+
+    def write_with_room(file: int, content: bytes) -> int:
+        if full and content:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, content)
+
+    run = RunDir(tmp_path / "full")
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricWriter, "progress", progress_on_full_disk)
+        patch.setattr(events.os, "write", write_with_room)
+        with pytest.raises(OSError, match="the records of step 12 cannot be written; free the disk"):
+            train.train_and_evaluate(config, run.path)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["3"]
+    train.train_and_evaluate(config, run.path)
+    assert_same_run(config, run.path, tmp_path / "whole")
 
 
 @pytest.mark.slow

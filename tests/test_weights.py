@@ -231,6 +231,8 @@ def test_run_is_loaded_with_a_config_of_its_network_only(tmp_path: Path) -> None
     for changes in ({"model.layers.fc6.features": 8}, {"model.order": ("conv1", "fc7", "fc8")}):
         with pytest.raises(ValueError, match=r"run: must fit the network, and .* has .*; give the config of its arch"):
             weights.load_network(tmp_path / "run", run_config(**TINY | changes))
+    with pytest.raises(ValueError, match=r"data.image_size=32: must be 28 pixels, as the mean image of .*run; "):
+        weights.load_network(tmp_path / "run", run_config(**TINY | {"data.image_size": 32}))
 
 
 def test_other_layers_are_refused(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def _is_small(width: int, height: int) -> bool:
 
 def _is_jpeg_without_exif(content: bytes) -> bool:
     """Return True if the file is a JPEG without an EXIF block, which could rotate it."""
-    return content.startswith(b"\xff\xd8") and content.find(b"Exif\0\0", 0, 4096) < 0
+    return content.startswith(b"\xff\xd8") and b"Exif\0\0" not in content
 
 
 @contextlib.contextmanager

@@ -140,23 +140,22 @@ def all_batches(source: Source, config: ConfigDict, size: int, rows: Rows = ALL)
       rows: which rows of each batch to read (`Executor.local_rows`).
     """
     arrays, data = origin(source), config.data
-    masks = [np.arange(first, first + size) < len(source) for first in range(0, len(source), size)]
-    chunks = [(np.arange(size) + number * size)[rows] for number in range(len(masks))]
-    chunks = [chunk[chunk < len(source)] for chunk in chunks]
-    count = len(np.arange(size)[rows])
+    positions = np.arange(-(-len(source) // size) * size).reshape(-1, size)[:, rows]
+    masks = positions < len(source)
+    chunks = [row[mask] for row, mask in zip(positions, masks, strict=True)]
 
     def pad(array: np.ndarray) -> np.ndarray:
-        return np.concatenate([array, np.zeros((count - len(array), *array.shape[1:]), array.dtype)])
+        return np.pad(array, [(0, masks.shape[1] - len(array)), *[(0, 0)] * (array.ndim - 1)])
 
     if isinstance(arrays, Resident):
         for chunk, mask in zip(chunks, masks, strict=True):
-            positions = pad(locate(source, chunk)[1])
-            labels = arrays.labels[positions].astype(np.int32)
-            yield {"image": Selection(arrays.on_devices, positions), "label": labels, "mask": mask[rows]}
+            chosen = pad(locate(source, chunk)[1])
+            labels = arrays.labels[chosen].astype(np.int32)
+            yield {"image": Selection(arrays.on_devices, chosen), "label": labels, "mask": mask}
         return
     batches = _read_ahead(source, grain.MapDataset.source(chunks), data.image_size, data.threads, data.prefetch)
     for batch, mask in zip(batches, masks, strict=True):
-        yield {name: pad(array) for name, array in batch.items()} | {"mask": mask[rows]}
+        yield {name: pad(array) for name, array in batch.items()} | {"mask": mask}
 
 
 def read(source: Source, positions: np.ndarray, size: int) -> Batch:
@@ -184,4 +183,4 @@ def _read_ahead(source: Source, positions: grain.MapDataset, size: int, threads:
 
 def _chunks(count: int, size: int) -> list[np.ndarray]:
     """Return the positions of `count` examples in chunks of `size`, the last one shorter."""
-    return [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
+    return np.split(np.arange(count), range(size, count, size))

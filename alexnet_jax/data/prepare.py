@@ -26,6 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
+import filelock
 import numpy as np
 import tensorflow_datasets as tfds
 from rich.console import Console
@@ -153,12 +154,18 @@ def prepare(
     if target.is_dir():
         _check_same_images(target, raw)
         return target
-    for incomplete in target.parent.glob("*incomplete*"):  # of a preparation that was killed
-        shutil.rmtree(incomplete)
+    target.parents[1].mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(target.parents[1] / f".{target.parent.name}.lock", timeout=0)
     tfds.disable_progress_bar()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console, hidden = Console(file=sys.stdout), not sys.stdout.isatty()
     with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock)
+        except filelock.Timeout:
+            raise ValueError(f"{target}: is being prepared by another process; wait until that has ended") from None
+        for incomplete in target.parent.glob("*incomplete*"):  # of a preparation that was killed
+            shutil.rmtree(incomplete)
         progress = stack.enter_context(Progress(*columns, console=console, disable=hidden, redirect_stdout=False))
         builder = Prepared(raw, size, data_dir, skip_bad, progress)
         stack.enter_context(image_io.pixel_limit(max_pixels))

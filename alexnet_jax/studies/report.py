@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jinja2
 import matplotlib
 import numpy as np
@@ -52,11 +53,13 @@ _COLOURS = {
 def write(study: Path | str) -> None:
     """Write `results.csv`, `curves.csv` and `report.html` into the folder of a study, and print its tables."""
     folder = StudyDir(study)
-    runs, curves, claims = analysis.load_runs(study), analysis.load_curves(study), analysis.verdicts(study)
-    write_text(folder.results_file, runs.to_csv(index=False))
-    write_text(folder.curves_file, curves.to_csv(index=False, float_format="%.6g"))
-    damages = [(run.name, damage) for *_, run in folder.runs() for damage in run.damages()]
-    write_text(folder.report_file, _render(folder, runs, curves, claims, damages))
+    folder.read()  # raises ValueError if it is none
+    with filelock.FileLock(folder.lock_file):  # a process that read earlier must not write later
+        runs, curves, claims = analysis.load_runs(study), analysis.load_curves(study), analysis.verdicts(study)
+        write_text(folder.results_file, runs.to_csv(index=False))
+        write_text(folder.curves_file, curves.to_csv(index=False, float_format="%.6g"))
+        damages = [(run.name, damage) for *_, run in folder.runs() for damage in run.damages()]
+        write_text(folder.report_file, _render(folder, runs, curves, claims, damages))
     _print(analysis.table(runs), f"top-1 error on {folder.read()['reported']}, %")
     if len(claims):
         _print(claims, "the paper's claims; differences of errors in percentage points")

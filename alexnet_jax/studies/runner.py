@@ -320,9 +320,17 @@ def _check_folders(runs: list[Run], extend: bool) -> None:
 
 def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
     """Write study.json, which tells the report about the study."""
+    folder = StudyDir(workdir)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.lock_file):  # a process that read earlier must not write later
+        write_json(folder.study_file, _description(study, workdir, sizes))
+
+
+def _description(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Return the contents of study.json."""
     tuned = chosen_values(study, workdir)
     chosen = _found(tuned)
-    description = {
+    return {
         "name": workdir.name,
         "reported": f"{study.data.name}, {study.data.eval_split}",
         "arms": {arm: _changes(study, arm, chosen) for arm in study.arms},
@@ -333,7 +341,6 @@ def _describe(study: ConfigDict, workdir: Path, sizes: dict[str, Any]) -> None:
         "new_head": study.train.new_head,
         "tuning": {"key": study.tuning.key, "metric": study.tuning.metric, "arms": tuned},
     }
-    write_json(StudyDir(workdir).study_file, description)
 
 
 def _run_all(runs: list[Run], request: stop.Request, extend: bool, *, wait: bool = False) -> list[Run]:

@@ -63,15 +63,18 @@ def predict(
     executor = make_executor("auto", config.model.towers, config.eval.batch_size)
     variables, statistics = executor.place(network.variables), executor.replicate(network.known_statistics())
     nearest: list[list[tuple[np.ndarray, str]]] = [[] for _ in files]
-    held_out = None if neighbours == 0 else _held_out(run, config, optional=neighbours is None)
-    if held_out is not None:
+    dataset = None if neighbours == 0 else _dataset(run, config, optional=neighbours is None)
+    if dataset is not None:
+        held_out = dataset.evaluation
         neighbours = min(NEIGHBOURS, len(held_out)) if neighbours is None else neighbours
         if neighbours > len(held_out):
             raise ValueError(f"--neighbours={neighbours}: must be at most the {len(held_out)} held-out images")
         of_images = functools.partial(features(config, network.classes, executor), variables, statistics)
         for index, positions in enumerate(_nearest(of_images, images, held_out, config, neighbours)):
             batch = loader.read(held_out, positions, config.data.image_size)
-            nearest[index] = list(zip(batch["image"], [names[label] for label in batch["label"]], strict=True))
+            nearest[index] = list(
+                zip(batch["image"], [dataset.class_names[label] for label in batch["label"]], strict=True)
+            )
     logits = evaluate.make_predictor(config, network.classes, executor)(variables, statistics, images)
     softmax = np.asarray(jax.nn.softmax(logits))
     predictions = []
@@ -108,8 +111,8 @@ def features(config: ConfigDict, classes: int, executor: Executor) -> Predictor:
     return evaluate.map_over_batch(last_inputs, executor)
 
 
-def _held_out(run: Path, config: ConfigDict, *, optional: bool) -> Source | None:
-    """Return the held-out images of a run or file; if they are optional and not there, print a line and return None."""
+def _dataset(run: Path, config: ConfigDict, *, optional: bool) -> datasets.Dataset | None:
+    """Return the dataset of a run or file; if it is optional and not there, print a line and return None."""
     try:
         dataset = datasets.load(config.data)
         RunDir(run).check_dataset(dataset.metadata(config.data))
@@ -118,7 +121,7 @@ def _held_out(run: Path, config: ConfigDict, *, optional: bool) -> Source | None
             raise
         print(f"nearest held-out images are left out: {str(error).splitlines()[0]}", file=sys.stderr)
         return None
-    return dataset.evaluation
+    return dataset
 
 
 def _nearest(

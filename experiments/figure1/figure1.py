@@ -7,7 +7,7 @@ Beside the script is a folder for each study, with the files of experiments/keep
 the study continues; and trials.csv, which has the training error of the trials.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import special
 
 from alexnet_jax.run_dir import RunDir
 from alexnet_jax.studies import analysis
@@ -60,15 +61,17 @@ def trial_records(study: Path) -> Iterator[dict[str, Any]]:
         arm, rate, seed = folder.relative_to(study).parts
         run = RunDir(folder)
         named = {"arm": arm, "learning_rate": float(rate.rpartition("_")[2]), "seed": int(seed.rpartition("_")[2])}
-        for record in run.metrics():
-            if ERROR in record:
-                yield named | {"status": run.status} | {key: record[key] for key in ("step", "epoch", ERROR)}
+        evaluations = [record for record in run.metrics() if ERROR in record]
+        for record in evaluations or [{}]:  # a trial that failed at once counts, too
+            yield named | {"status": run.status} | {key: record.get(key) for key in ("step", "epoch", ERROR)}
 
 
 def time_of(curve: pd.DataFrame) -> Time:
     """Return the time of a run from its evaluations."""
     reached = analysis.time_to_target(curve.to_dict("records")).get(METRIC)
-    return Time(curve["epoch"].max(), censored=True) if reached is None else Time(reached, censored=False)
+    if reached is None:
+        return Time(curve["epoch"].fillna(0.0).max(), censored=True)
+    return Time(reached, censored=False)
 
 
 def trial_times(study: Path) -> dict[str, Trials]:
@@ -97,34 +100,47 @@ def mean_epochs(seeds: dict[int, Time]) -> float:
 def ratio_interval(
     trials: dict[str, Trials], finals: dict[str, dict[int, Time]], arm: str, reference: str
 ) -> tuple[float, float] | None:
-    """Return the 95 % bootstrap interval of the ratio of geometric means, with the choice of the learning rates.
+    """Return the 95 % interval of the ratio of geometric means, with the choice of the learning rates.
 
-    Each sample draws tuning seeds and fresh seeds with replacement and chooses the learning rates anew. Fresh seeds ran
-    with the study's choice only: where a sample chooses another one, the times are those of the trials. Rates that were
-    tried with fewer than `TUNING_SEEDS` are left out.
+    Its width is from a bootstrap: each sample chooses seeds of the trials and pairs of fresh seeds, with replacement,
+    and from the former the learning rates. Fresh seeds ran with the study's choice only: where a sample chooses another
+    one, the times are those of its trials. Learning rates that were tried with fewer than `TUNING_SEEDS` are left out.
+    If all samples choose as the study did, the interval is that of the paired t-test.
 
     Returns:
-      None if a best rate is left out.
+      None if a best learning rate is left out, there are fewer than two pairs, or a run is censored.
     """
+    names = (arm, reference)
     tried = {
-        name: {rate: seeds for rate, seeds in trials[name].items() if len(seeds) >= TUNING_SEEDS}
-        for name in (arm, reference)
+        name: {rate: seeds for rate, seeds in trials[name].items() if len(seeds) >= TUNING_SEEDS} for name in names
     }
-    if any(best_rate(trials[name]) not in rates for name, rates in tried.items()):
+    pairs = sorted(finals[arm].keys() & finals[reference].keys())
+    if any(best_rate(trials[name]) not in rates for name, rates in tried.items()) or len(pairs) < 2:
         return None
-    generator, logs = np.random.default_rng(0), []
+    if any(any_censored(finals[name]) for name in names):
+        return None
+
+    def mean_log(times: Iterable[Time]) -> float:
+        return float(np.mean([np.log(time.epochs) for time in times]))
+
+    estimate = mean_log(finals[arm][seed] for seed in pairs) - mean_log(finals[reference][seed] for seed in pairs)
+    generator, samples = np.random.default_rng(0), []
     for _ in range(SAMPLES):
-        means = []
+        fresh = generator.choice(pairs, len(pairs))
+        logs = {}
         for name, rates in tried.items():
-            drawn = generator.choice(list(next(iter(rates.values()))), TUNING_SEEDS)
-            sampled = {rate: {i: seeds[seed] for i, seed in enumerate(drawn)} for rate, seeds in rates.items()}
+            common = sorted(set.intersection(*map(set, rates.values())))
+            chosen = generator.choice(common, len(common))
+            sampled = {rate: {i: seeds[seed] for i, seed in enumerate(chosen)} for rate, seeds in rates.items()}
             rate = best_rate(sampled)
-            chosen = finals[name] if rate == best_rate(rates) else sampled[rate]
-            epochs = [time.epochs for time in chosen.values()]
-            means.append(np.log(generator.choice(epochs, len(epochs))).mean())
-        logs.append(means[0] - means[1])
-    low, high = np.exp(np.quantile(logs, (0.025, 0.975)))
-    return float(low), float(high)
+            if any_censored(sampled[rate]):
+                return None
+            times = (finals[name][seed] for seed in fresh) if rate == best_rate(rates) else sampled[rate].values()
+            logs[name] = mean_log(times)
+        samples.append(logs[arm] - logs[reference])
+    # The variance of a sample of n is (n - 1) / n of the variance, so that of a bootstrap is, too.
+    half = special.stdtrit(len(pairs) - 1, 0.975) * np.std(samples) * np.sqrt(len(pairs) / (len(pairs) - 1))
+    return float(np.exp(estimate - half)), float(np.exp(estimate + half))
 
 
 def kept() -> dict[str, Path]:

@@ -47,6 +47,11 @@ def sideways(orientation: int, operation: Image.Transpose) -> bytes:
     return encode(two_halves().transpose(operation), "JPEG", exif=exif, quality=95)
 
 
+def with_long_comment(jpeg: bytes) -> bytes:
+    """Return a JPEG with a comment of 5,000 bytes before its other blocks."""
+    return jpeg[:2] + b"\xff\xfe" + (5002).to_bytes(2, "big") + bytes(5000) + jpeg[2:]
+
+
 def transparent() -> bytes:
     """Return an image with a transparent upper half above an opaque blue one."""
     image = two_halves("RGBA")
@@ -69,6 +74,7 @@ COLOURED = {
     "turned left": sideways(6, Image.Transpose.ROTATE_90),
     "turned right": sideways(8, Image.Transpose.ROTATE_270),
     "upside down": sideways(3, Image.Transpose.ROTATE_180),
+    "comment before EXIF": with_long_comment(sideways(6, Image.Transpose.ROTATE_90)),
     "tiny": encode(two_halves(size=(2, 2)).resize((16, 16), Image.Resampling.NEAREST), "PNG"),
     "wide": encode(two_halves(size=(900, 40)), "PNG"),
     "huge": encode(two_halves(size=(12_000, 9_000)), "JPEG"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -91,6 +92,16 @@ def test_existing_dataset_is_left_unchanged(photos: Path, tmp_path: Path, run: C
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert run(photos, f"--data_dir={tmp_path}", "--size=16") == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
+
+
+def test_dataset_that_another_process_prepares_is_left_to_it(photos: Path, tmp_path: Path, run: Command) -> None:
+    unfinished = tmp_path / "photos" / "16px" / "1.0.0.incomplete"
+    unfinished.mkdir(parents=True)
+    with filelock.FileLock(tmp_path / "photos" / ".16px.lock"):
+        assert "is being prepared by another process" in run(photos, f"--data_dir={tmp_path}", "--size=16")
+    assert unfinished.exists()
+    assert "train 40" in run(photos, f"--data_dir={tmp_path}", "--size=16")
+    assert not unfinished.exists()
 
 
 def test_size_below_1_raises(photos: Path, tmp_path: Path, run: Command) -> None:

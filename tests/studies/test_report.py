@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pandas as pd
 import pytest
@@ -162,6 +164,19 @@ def test_browser_shows_the_page_without_scrolling_sideways(study: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_report_waits_for_one_that_another_process_writes(study: Path) -> None:
+    """Otherwise the one that read the runs first could overwrite the other's, which may have more of them."""
+    lock = filelock.FileLock(StudyDir(study).lock_file, is_singleton=False)
+    with ThreadPoolExecutor(1) as pool:
+        with lock:
+            writing = pool.submit(report.write, study)
+            with pytest.raises(TimeoutError):
+                writing.result(timeout=0.5)
+            assert not StudyDir(study).results_file.exists()
+        writing.result(timeout=60)
+    assert StudyDir(study).results_file.exists()
+
+
 def test_report_does_not_import_jax(study: Path) -> None:
     script = f"""
 import sys

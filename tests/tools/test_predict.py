@@ -167,6 +167,18 @@ def test_file_of_weights_predicts_as_its_run(run: Path, digits: list[Path], tmp_
         run_verb(f"--run={tmp_path / 'network.safetensors'}", str(digits[0]))
 
 
+@pytest.mark.slow
+def test_neighbours_have_the_names_of_their_dataset(
+    run: Path, digits: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the network has other names for its classes, or none, as a file of weights may."""
+    network = load_run(run)._replace(class_names=list("abcdefghij"))
+    monkeypatch.setattr(weights, "load_network", lambda source, config: network)
+    (prediction,) = predict.predict(run, digits[1:2], neighbours=1)
+    assert set(prediction.classes) <= set("abcdefghij")
+    assert [name for _, name in prediction.neighbours] == ["5"]
+
+
 def test_class_names_are_no_markup(
     run: Path, digits: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
