@@ -38,7 +38,7 @@ notebooks: $(VENV)/installed
 	$(BIN)/python experiments/figure3/figure3.py
 	$(BIN)/python experiments/initialisation/trained.py
 	$(BIN)/python experiments/gpu/table.py
-	$(BIN)/python experiments/summary.py
+	$(BIN)/python experiments/claims.py
 	$(BIN)/python experiments/figures/towers.py
 
 # Locks the dependencies for all supported versions of Python: names and versions, no addresses.

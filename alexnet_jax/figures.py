@@ -61,12 +61,23 @@ def colour_metrics(filters: np.ndarray) -> dict[str, float]:
     metrics = {"colour/share": float(fractions.mean())}
     if len(fractions) != 2:
         return metrics
-    difference = abs(float(fractions[0].mean() - fractions[1].mean()))
-    generator = np.random.default_rng(0)
-    shuffled = np.stack([generator.permutation(fractions.ravel()) for _ in range(SHUFFLES)])
-    means = shuffled.reshape(SHUFFLES, *fractions.shape).mean(axis=2)
-    by_chance = float(np.abs(means[:, 0] - means[:, 1]).mean())
-    return metrics | {"colour/difference": difference, "colour/excess": difference - by_chance}
+    difference, by_chance = tower_difference(fractions, SHUFFLES)
+    excess = difference - float(by_chance.mean())
+    return metrics | {"colour/difference": difference, "colour/excess": excess}
+
+
+def tower_difference(fractions: np.ndarray, shuffles: int) -> tuple[float, np.ndarray]:
+    """Return how much the means of two towers differ, and how much they do in random assignments to the towers.
+
+    Args:
+      fractions: of the filters of each tower, (2, filters).
+
+    Returns:
+      The absolute difference of the means, and that of each assignment, (shuffles,).
+    """
+    shuffled = np.random.default_rng(0).permuted(np.tile(fractions.ravel(), (shuffles, 1)), axis=1)
+    by_chance = np.abs(np.diff(shuffled.reshape(shuffles, 2, -1).mean(axis=2)))[:, 0]
+    return abs(float(fractions[0].mean() - fractions[1].mean())), by_chance
 
 
 class Prediction(NamedTuple):

@@ -128,7 +128,7 @@ def test_interval_includes_the_choice_of_the_rate(figure1: ModuleType) -> None:
 
 def test_committed_tables_and_the_sentences_about_them_are_current(figure1: ModuleType) -> None:
     text = (figure1.HERE / "README.md").read_text()
-    assert figure1.summary.insert(text, figure1.tables()) == text, "run experiments/figure1/figure1.py"
+    assert figure1.pages.insert(text, figure1.tables()) == text, "run experiments/figure1/figure1.py"
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in figure1.table().splitlines()[2:]]
     by_arm = {(study, arm): cells for study, arm, *cells in rows}
     relu, tanh = (float(by_arm["weights of 2012", arm][5]) for arm in ("relu", "tanh"))

@@ -111,7 +111,7 @@ def test_jobs_are_named_by_their_first_words() -> None:
 def test_table_of_targets_is_current() -> None:
     table = load("table")
     text = (SCRIPTS / "README.md").read_text()
-    assert table.summary.insert(text, table.table()) == text, "run experiments/gpu/table.py"
+    assert table.pages.insert(text, table.table()) == text, "run experiments/gpu/table.py"
     names = {job.name for job in load("measure").JOBS}
     assert all(any(f"{name} ".startswith(f"{target.job} ") for name in names) for target in table.TARGETS)
 

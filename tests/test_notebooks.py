@@ -13,7 +13,7 @@ from support import OPTIMISED, REPOSITORY
 
 EXPERIMENTS = REPOSITORY / "experiments"
 execute = SimpleNamespace(**runpy.run_path(str(EXPERIMENTS / "execute.py")))
-summary = SimpleNamespace(**runpy.run_path(str(EXPERIMENTS / "summary.py")))
+claims = SimpleNamespace(**runpy.run_path(str(EXPERIMENTS / "claims.py")))
 
 QUICK = ("lrn", "relu")
 NOTEBOOKS = [
@@ -50,9 +50,9 @@ def test_committed_outputs_are_current(path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_committed_tables_of_results_are_current() -> None:
-    for path, table in summary.tables().items():
+    for path, table in claims.tables().items():
         text = path.read_text()
-        assert summary.insert(text, table) == text, f"{path}: run experiments/summary.py"
+        assert claims.insert(text, table) == text, f"{path}: run experiments/claims.py"
 
 
 def test_published_effects_are_the_differences_of_their_sources() -> None:

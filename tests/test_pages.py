@@ -8,7 +8,7 @@ import pytest
 
 from alexnet_jax.run_dir import StudyDir, write_json
 from alexnet_jax.studies import analysis
-from experiments import summary
+from experiments import pages
 from experiments.figure3 import figure3
 from experiments.initialisation import trained
 
@@ -69,7 +69,7 @@ def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
 def test_committed_page_of_figure_3_is_current() -> None:
     text = (figure3.HERE / "README.md").read_text()
     said = " ".join(text.split())
-    assert summary.insert(text, figure3.tables()) == text, "run experiments/figure3/figure3.py"
+    assert pages.insert(text, figure3.tables()) == text, "run experiments/figure3/figure3.py"
     small = figure3.read().query("study == @figure3.SMALL")
     clear, expected = (small["p"] < figure3.LEVEL).sum(), figure3.LEVEL * len(small)
     assert f"clearly so in {clear} of {len(small)} runs, where {expected:.1f} are expected by chance" in said
@@ -127,7 +127,7 @@ def test_tower_of_coloured_filters_has_a_small_p_value(tmp_path: Path) -> None:
 
 def test_committed_page_of_the_initial_weights_is_current() -> None:
     text = (trained.HERE / "README.md").read_text()
-    assert summary.insert(text, trained.table()) == text, "run experiments/initialisation/trained.py"
+    assert pages.insert(text, trained.table()) == text, "run experiments/initialisation/trained.py"
     counts = {arm.strip("`"): (n, train) for arm, n, train, *_ in cells(trained.table())}
     assert counts.pop("text_scaled") == ("2", "0")
     assert set(counts.values()) == {("2", "2")}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from experiments.pages import insert
 from experiments.scaling import measure, plan, tpu
 from experiments.speed import cost
-from experiments.summary import insert
 from support import REPOSITORY
 
 FOLDER = REPOSITORY / "experiments" / "scaling"

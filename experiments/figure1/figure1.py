@@ -20,9 +20,9 @@ from scipy import special
 
 from alexnet_jax.run_dir import RunDir
 from alexnet_jax.studies import analysis
-from experiments import summary
+from experiments import pages
 from experiments.keep import keep
-from experiments.summary import markdown
+from experiments.pages import markdown
 
 HERE = Path(__file__).resolve().parent
 STUDIES = {
@@ -293,4 +293,4 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    summary.renew_page(__doc__, HERE, collect, draw, tables)
+    pages.renew(__doc__, HERE, collect, draw, tables)

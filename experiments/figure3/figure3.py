@@ -19,7 +19,7 @@ from scipy import stats
 from alexnet_jax import figures
 from alexnet_jax.run_dir import StudyDir
 from alexnet_jax.studies import analysis
-from experiments import summary
+from experiments import pages
 
 HERE = Path(__file__).resolve().parent
 SMALL = "CIFAR-10, small network"
@@ -44,12 +44,10 @@ def measure(runs: Path) -> Iterator[dict[str, Any]]:
             if (filters := run.read_filters()) is None or len(filters) != 2:
                 continue
             fractions = figures.colour_fractions(filters)
-            means = fractions.mean(axis=1)
-            generator = np.random.default_rng(0)
-            shuffled = generator.permuted(np.tile(fractions.ravel(), (SHUFFLES, 1)), axis=1)
-            by_chance = np.abs(np.diff(shuffled.reshape(SHUFFLES, 2, -1).mean(axis=2)))
-            p = (1 + (by_chance >= abs(means[0] - means[1]) - 1e-6).sum()) / (1 + SHUFFLES)
-            colours = {"tower_0": means[0], "tower_1": means[1], "by_chance": by_chance.mean(), "p": p}
+            difference, by_chance = figures.tower_difference(fractions, SHUFFLES)
+            p = (1 + (by_chance >= difference - 1e-6).sum()) / (1 + SHUFFLES)
+            tower_0, tower_1 = fractions.mean(axis=1)
+            colours = {"tower_0": tower_0, "tower_1": tower_1, "by_chance": by_chance.mean(), "p": p}
             yield {"study": name, "arm": arm, "seed": seed} | colours
 
 
@@ -85,7 +83,7 @@ def table() -> str:
         rows.append(
             [study, arm, str(len(runs)), *(f"{mean:.2f}" for mean in means), f"{excess:+.2f}", interval, str(clear)]
         )
-    return summary.markdown(rows)
+    return pages.markdown(rows)
 
 
 def draw_filters(axes: Axes, filters: np.ndarray, title: str) -> None:
@@ -154,4 +152,4 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    summary.renew_page(__doc__, HERE, collect, draw, tables)
+    pages.renew(__doc__, HERE, collect, draw, tables)

@@ -73,10 +73,11 @@ class Steps:
 
     def __init__(self, call: Callable[[], Any], wait: Callable[[Any], Any], per_call: int = 1, seconds: float = 0.3):
         self._call, self._wait, self.per_call, self.calls = call, wait, per_call, 1
-        for _ in range(3 if seconds else 1):
-            began = time.perf_counter()
+        began = time.perf_counter()
+        wait(call())
+        self.first = time.perf_counter() - began  # with compilation
+        for _ in range(2 if seconds else 0):
             wait(call())
-            self.first = getattr(self, "first", time.perf_counter() - began)  # with compilation
         self.calls = max(1, min(1000, round(seconds / max(self.seconds() * per_call, 1e-6))))
 
     def seconds(self, at_least: float = 0.0) -> float:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from experiments import summary
-from experiments.summary import markdown
+from experiments import pages
+from experiments.pages import markdown
 
 HERE = Path(__file__).resolve().parent
 NOT_MEASURED = "not measured yet"
@@ -191,7 +191,7 @@ def table(path: Path = HERE / "results.csv") -> str:
 def main() -> None:
     """Write the table."""
     readme = HERE / "README.md"
-    readme.write_text(summary.insert(readme.read_text(), table()))
+    readme.write_text(pages.insert(readme.read_text(), table()))
 
 
 if __name__ == "__main__":

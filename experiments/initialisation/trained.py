@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from alexnet_jax.studies import analysis, plots
-from experiments import summary
+from experiments import pages
 from experiments.keep import keep
 
 HERE = Path(__file__).resolve().parent
@@ -29,7 +29,7 @@ def table() -> str:
     for arm, runs in analysis.load_runs(STUDY).query("status == 'finished'").groupby("arm", sort=False):
         errors = [", ".join(f"{100 * value:.1f}" for value in runs[metric]) for metric in (ERROR, "eval/top1_error")]
         rows.append([f"`{arm}`", str(len(runs)), str((runs[ERROR] < TRAINS_BELOW).sum()), *errors])
-    return summary.markdown(rows)
+    return pages.markdown(rows)
 
 
 def draw() -> None:
@@ -40,4 +40,4 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    summary.renew_page(__doc__, HERE, collect, draw, table)
+    pages.renew(__doc__, HERE, collect, draw, table)

@@ -21,8 +21,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from alexnet_jax.tools import summary
+from experiments.pages import insert, markdown
 from experiments.speed import baselines, cost
-from experiments.summary import insert, markdown
 
 HERE = Path(__file__).resolve().parent
 IMAGES, EPOCHS, CLASSES = 1_200_000, 90, 1000  # paper, sections 2 and 5

@@ -1,21 +1,19 @@
-"""Write the tables and the forest plot of all studies' claims: python experiments/summary.py
+"""Write the tables and the forest plot of all studies' claims: python experiments/claims.py
 
 Reads the study.json and results.csv of every folder beside the script. Rewrites the tables between the markers
 `<!-- results -->` and `<!-- /results -->` in experiments/README.md (all claims) and README.md (those on all of
 CIFAR-10), and effects.svg.
 """
 
-import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
 
 from alexnet_jax.studies import analysis, plots
+from experiments.pages import insert, markdown
 
 HERE = Path(__file__).resolve().parent
-MARKERS = ("<!-- results -->\n", "<!-- /results -->")
 METRICS = {  # in the README's table
     "eval/top1_error": "top-1 error, points",
     "generalisation_gap": "generalisation gap, points",
@@ -63,11 +61,6 @@ def to_markdown(table: pd.DataFrame, folder: str) -> str:
     return markdown([linked.columns.tolist(), *linked.to_numpy().tolist()])
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """Return a table in Markdown; the first row has the headings."""
-    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
-
-
 def origins(studies: list[str]) -> str:
     """Return a table in Markdown: hours of each study's runs, from its results.csv, and machine and command."""
     machines = pd.read_csv(HERE / "machines.csv").set_index("study")
@@ -90,37 +83,6 @@ def tables() -> dict[Path, str]:
     full = full[[*claims.columns[:place], *others.columns[2:], *claims.columns[place:]]]
     full_text = f"{to_markdown(full, '')}\nWhere they come from:\n\n{origins(list(claims['study'].unique()))}"
     return {HERE / "README.md": full_text, HERE.parent / "README.md": to_markdown(short, "experiments/")}
-
-
-def insert(text: str, table: str) -> str:
-    """Return a text with the table between the markers.
-
-    Raises:
-      ValueError: The markers are missing.
-    """
-    before, first, rest = text.partition(MARKERS[0])
-    _, last, after = rest.partition(MARKERS[1])
-    if not (first and last):
-        raise ValueError(f"the text must have a line {MARKERS[0].strip()} and, below it, a line {MARKERS[1]}")
-    return before + first + table + last + after
-
-
-def renew_page(
-    description: str | None,
-    folder: Path,
-    collect: Callable[[Path], None],
-    draw: Callable[[], None],
-    tables: Callable[[], str],
-) -> None:
-    """Renew a page, as a script's command line says: `collect` from --runs, if given, `draw`, and write its tables."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, help="folder of the studies")
-    options = parser.parse_args()
-    if options.runs:
-        collect(options.runs)
-    draw()
-    readme = folder / "README.md"
-    readme.write_text(insert(readme.read_text(), tables()))
 
 
 def write_plot(path: Path) -> None:
