@@ -212,7 +212,7 @@ def test_launched_job_trains_what_no_other_job_does(start: Start, tmp_path: Path
         with pytest.raises(filelock.Timeout):
             locks[1].acquire()
         assert job.statuses() == [0]
-    assert "being run by another process: lrn, seed 0" in job.log(0)
+    assert "being run by another process: lrn/seed_0" in job.log(0)
     assert f"1: {begins}" not in job.log(0)
     assert [run.status for run in runs] == ["not started", "finished"]
     assert [line["step"] for line in curve(runs[1])] == [10, 20, 30, 40, 50, 50]

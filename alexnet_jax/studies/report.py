@@ -182,7 +182,7 @@ def _filters(run_dirs: Runs) -> dict[str, tuple[str, int]]:
     for arm, (seed, filters) in first.items():
         grid = (255 * filter_grid(filters)).round().astype(np.uint8)
         content = base64.b64encode(encode_png(grid)).decode()
-        images[f"{arm}, seed {seed}"] = f"data:image/png;base64,{content}", MAGNIFICATION * grid.shape[1]
+        images[f"{arm}/seed_{seed}"] = f"data:image/png;base64,{content}", MAGNIFICATION * grid.shape[1]
     return images
 
 

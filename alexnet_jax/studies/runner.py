@@ -53,8 +53,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run as messages name it."""
-        return f"{self.arm}, seed {self.seed}" + ("" if self.value is None else f", tuning with {self.value}")
+        """The run as messages name it: its folder within that of the study."""
+        return "/".join(self.folder.path.parts[-2 if self.value is None else -3 :])
 
 
 def plan(study: ConfigDict, workdir: Path, only: Sequence[str] = (), chosen: dict[str, Any] | None = None) -> list[Run]:

@@ -100,7 +100,7 @@ def test_page_shows_filters_of_the_first_finished_run_of_each_arm(study: Path) -
         np.save(StudyDir(study).run(arm, seed).filters_file, np.ones((2, 5, 5, 3, 4), np.float32))
     page = write_page(study)
     names = re.findall(r'<img alt="([^"]*)" width="(\d+)" src="data:image/png;base64,', page)
-    assert names == [("lrn, seed 1", "96"), ("no_lrn, seed 0", "96")]  # 4 filters of 5 pixels and a gap, magnified
+    assert names == [("lrn/seed_1", "96"), ("no_lrn/seed_0", "96")]  # 4 filters of 5 pixels and a gap, magnified
 
 
 def test_page_shows_the_classes_that_are_hardest_for_the_first_arm(study: Path) -> None:

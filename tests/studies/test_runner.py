@@ -268,10 +268,10 @@ def test_failed_run_is_recorded_and_the_others_run(
     config.claims = ()
     write_json(tmp_path / "tame" / "seed_0" / "failure.json", {"error": "no power", "traceback": ""})
     failed = runner.run_study(config, tmp_path)
-    assert [run.name for run in failed] == ["wild, seed 0", "wild, seed 1"]
+    assert [run.name for run in failed] == ["wild/seed_0", "wild/seed_1"]
     assert not (tmp_path / "tame" / "seed_0" / "failure.json").exists()
     assert [arm for arm, _ in trained] == ["wild", "tame", "wild", "tame"]
-    assert "wild, seed 0 failed: train/loss is nan" in capsys.readouterr().out
+    assert "wild/seed_0 failed: train/loss is nan" in capsys.readouterr().out
     failure = read_json(tmp_path / "wild" / "seed_0" / "failure.json")
     assert failure is not None
     assert failure["error"] == "train/loss is nan"
@@ -294,7 +294,7 @@ def test_each_arm_chooses_its_learning_rate_on_validation_images(
     rates, trial_seeds = (0.018, 0.01, 5.0), (1000, 1001)
     failed = runner.run_study(tuned_study(*rates, seeds=(0, 1), **{"tuning.seeds": trial_seeds}), tmp_path)
     assert [run.name for run in failed] == [
-        f"{arm}, seed {seed}, tuning with 5.0" for seed in trial_seeds for arm in ("relu", "tanh")
+        f"{arm}/learning_rate_5.0/seed_{seed}" for seed in trial_seeds for arm in ("relu", "tanh")
     ]
     trials = [
         (arm, tmp_path / arm / f"learning_rate_{rate}" / f"seed_{seed}")
@@ -498,7 +498,7 @@ def test_run_that_crashed_three_times_is_left_to_the_end(
     assert [arm for arm, _ in trained] == ["no_lrn", "lrn"]
     assert counts == [3, 4]
     assert crashing.crashes == 0
-    assert "lrn, seed 0 has crashed 3 times: it is left to the end" in capsys.readouterr().out
+    assert "lrn/seed_0 has crashed 3 times: it is left to the end" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -514,7 +514,7 @@ def test_signal_at_the_end_of_a_run_stops_the_study(
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(train, "train_and_evaluate", train_and_signal)
-    with pytest.raises(stop.Stopped, match="stopped before no_lrn, seed 0") as stopped:
+    with pytest.raises(stop.Stopped, match="stopped before no_lrn/seed_0") as stopped:
         runner.run_study(tiny_study(), tmp_path, only=["lrn", "no_lrn"])
     assert stopped.value.exit_status == 143
     assert [arm for arm, _ in trained] == ["lrn"]
@@ -548,7 +548,7 @@ def test_run_of_another_process_is_left_alone_until_that_ends(
         finally:
             holder.kill()
     assert [arm for arm, _ in trained] == ["lrn"]
-    assert "being run by another process: no_lrn, seed 0" in capsys.readouterr().out
+    assert "being run by another process: no_lrn/seed_0" in capsys.readouterr().out
     runner.run_study(config, tmp_path, only=["lrn", "no_lrn"])
     assert [arm for arm, _ in trained] == ["lrn", "no_lrn"]
 
@@ -589,10 +589,10 @@ def test_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: pyt
     size = summary.sizes(run_config(**TINY), 10, 1)
     numbers = rf"{size['parameters']:,} │ +{size['multiply_adds']:,}"
     for name, status, steps in (
-        ("lrn, seed 1000, tuning with 0.5", "not started", 2),
-        ("no_lrn, seed 1000, tuning with 0.5", "not started", 2),
-        ("lrn, seed 0", "not started", 4),
-        ("no_lrn, seed 0", "finished", 4),
+        ("lrn/learning_rate_0.5/seed_1000", "not started", 2),
+        ("no_lrn/learning_rate_0.5/seed_1000", "not started", 2),
+        ("lrn/seed_0", "not started", 4),
+        ("no_lrn/seed_0", "finished", 4),
     ):
         assert re.search(rf"│ {name} +│ {status} +│ +{numbers} │ +{steps} │", printed)
     assert "4 runs" in printed

@@ -24,7 +24,7 @@ with pytest.MonkeyPatch.context() as environment:
     environment.setenv("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # its setup of logging closes streams that are pytest's
     import submitit  # noqa: F401
 
-JOBS = {"a, seed 0": ["--only=a"], "b, seed 0": ["--only=b"]}
+JOBS = {"a/seed_0": ["--only=a"], "b/seed_0": ["--only=b"]}
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_jobs_are_one_array_on_slurm(slurm: Path, tmp_path: Path, capsys: pytest
         assert f"#SBATCH --{flag}\n" in script
     assert submitted_commands(folder) == [["run", "--only=a"], ["run", "--only=b"]]
     logs = [f"{folder}/7_{number}_0_log.out" for number in range(2)]
-    assert capsys.readouterr().out == f"a, seed 0: job 7_0, log {logs[0]}\nb, seed 0: job 7_1, log {logs[1]}\n"
+    assert capsys.readouterr().out == f"a/seed_0: job 7_0, log {logs[0]}\nb/seed_0: job 7_1, log {logs[1]}\n"
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_interrupted_job_is_requeued_and_resumes(tmp_path: Path) -> None:
         lines = output.readlines()
     assert len(lines) == 3
     controllers = dict(line.split(": job ") for line in lines[:2])
-    controller = controllers["lrn, seed 0"].partition(",")[0]
+    controller = controllers["lrn/seed_0"].partition(",")[0]
     lrn, no_lrn = (StudyDir(tmp_path / "study").run(arm, 0) for arm in ("lrn", "no_lrn"))
     wait_for(lrn.metrics)
     os.kill(int(Path(f"/proc/{controller}/task/{controller}/children").read_text()), signal.SIGUSR2)
