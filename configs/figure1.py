@@ -23,7 +23,7 @@ FAN_IN = {"conv1": 5 * 5 * 3, "conv2": 5 * 5 * 32, "conv3": 5 * 5 * 32, "fc10": 
 
 ACTIVATIONS = ("relu", "tanh", "scaled_tanh")
 METRIC = "train_eval_epochs_to_25"
-CLAIMS = tuple(base.claim(arm, METRIC, "section 3.1, figure 1", ratio=6.0) for arm in ("tanh", "scaled_tanh"))
+CLAIMS = (base.claim("tanh", METRIC, "section 3.1, figure 1", ratio=6.0),)  # the form of tanh is our own question
 
 CHANGES = {
     "data.name": "cifar10_jpeg",

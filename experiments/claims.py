@@ -20,6 +20,13 @@ METRICS = {  # in the README's table
     "epochs_to_25": "epochs to 25 % training error",
     "train_eval_epochs_to_25": "epochs to 25 % training error",
 }
+# Seeds that PLAN.md has for a study, or for one of its arms, where fewer have run: verdicts are preliminary until then.
+PLANNED = {
+    ("contributions/cifar10", ""): 20,
+    ("contributions/cifar10", "no_overlap"): 50,
+    ("contributions/cifar10_5000", ""): 10,
+    ("contributions/imagenette_small", ""): 5,
+}
 NATURAL = ("figure1/code2012", "figure1/fan_in", "contributions/cifar10")  # the studies of the README's table
 
 
@@ -41,12 +48,21 @@ def published() -> pd.DataFrame:
 
 def list_claims(study: Path) -> pd.DataFrame:
     """Return the claims of a study as text, with the study's name and data; without those that no pair of runs has."""
-    claims = analysis.verdicts(study).rename(columns={"pairs": "n"})
-    claims.insert(0, "study", study.relative_to(HERE).as_posix())
-    reported = analysis.load_study(study)["reported"]
-    training = f"{reported.partition(', ')[0]}, training"
-    claims["data"] = [training if metric in analysis.CENSORED else reported for metric in claims["metric"]]
-    return claims[claims["n"] != "0"]
+    name, reported, rows = study.relative_to(HERE).as_posix(), analysis.load_study(study)["reported"], []
+    for claim in analysis.verdicts(study).to_dict("records"):
+        n, planned = int(claim.pop("pairs")), PLANNED.get((name, claim["arm"]), PLANNED.get((name, ""), 0))
+        is_early, counts = n < planned, not claim["verdict"].startswith(analysis.WITHDRAWN)
+        training = f"{reported.partition(', ')[0]}, training"
+        if n:
+            rows.append(
+                {"study": name}
+                | claim
+                | {"n": f"{n} of {planned}" if is_early else str(n)}
+                | {"margin": claim["margin"], "verdict": claim["verdict"] + ", preliminary" * (is_early and counts)}
+                | {"data": training if claim["metric"] in analysis.CENSORED else reported}
+            )
+    columns = ["study", "arm", "metric", "reference", "claim", "found", "95 % CI", "n", "margin", "verdict", "data"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def page(study: str) -> str:
@@ -76,7 +92,7 @@ def tables() -> dict[Path, str]:
     claims = pd.concat(map(list_claims, list_studies()), ignore_index=True)
     short = claims[claims["study"].isin(NATURAL) & claims["metric"].isin(METRICS)]
     short = short[~short["verdict"].str.startswith(analysis.WITHDRAWN)]
-    short = short.assign(metric=short["metric"].map(METRICS)).drop(columns="margin")
+    short = short.assign(metric=short["metric"].map(METRICS)).drop(columns=["margin", "reference"])
     others = published()
     full = claims.merge(others, how="left", on=["arm", "metric"]).fillna("")
     place = list(claims).index("claim") + 1

@@ -166,6 +166,25 @@ def test_committed_tables_and_the_sentences_about_them_are_current(figure1: Modu
     assert changes["50,000", "tanh"][1] < 1 < changes["50,000", "tanh"][2]
     assert "The three seeds that both initial weights have are too few to say" in said
     assert changes["5,000", "tanh / relu"][1] < 1 < changes["5,000", "tanh / relu"][2]
-    _, with_choice = intervals = by_arm["weights of 2012", "tanh"][7:]
-    assert with_choice
-    assert all(float(interval.split(" to ")[0]) > 6 for interval in intervals)
+    interval, with_choice = by_arm["weights of 2012", "tanh"][7:]
+    assert float(interval.split(" to ")[0]) > 6  # as the page says, below the interval
+    assert with_choice == interval
+    slow = analysis.load_runs(figure1.HERE / "fan_in").set_index("seed")
+    relu, tanh = (slow[slow["arm"] == arm][figure1.METRIC] for arm in ("relu", "tanh"))
+    assert sorted(relu.round().astype(int))[-2:] == [16, 21]
+    assert relu.nsmallest(8).round().between(9, 13).all()
+    assert f"the median of the ratios is {(tanh / relu).median():.2f}" in said
+    few = analysis.load_runs(figure1.HERE / "fan_in_5000")
+    few = few[few["seed"] != few[few["arm"] == "relu"].set_index("seed")[figure1.METRIC].idxmax()]
+    without = [
+        np.exp(analysis.mean_and_interval(analysis.paired_effects(few, arm, figure1.METRIC, ratio=True)))
+        for arm in ("tanh", "scaled_tanh")
+    ]
+    shown = " and ".join("{:.2f} ({:.2f} to {:.2f})".format(*numbers) for numbers in without)
+    assert f"without that seed the ratios are {shown}" in said
+    tenth, all_images = (
+        analysis.load_runs(figure1.HERE / name).query("arm == 'tanh'")[figure1.METRIC]
+        for name in ("code2012_5000", "code2012")
+    )
+    fewer = 1 - stats.gmean(tenth.dropna()) / stats.gmean(all_images.dropna())
+    assert f"tanh {100 * fewer:.0f} % fewer, at a higher learning rate" in said

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 
 from alexnet_jax.run_dir import StudyDir, write_json
 from alexnet_jax.studies import analysis
@@ -26,6 +28,10 @@ def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
         frame = analysis.claim_effects(figure3.HERE.parent / study)
         return {(row.arm, row.metric): row for row in frame.itertuples() if row.pairs}
 
+    def error_of(study: str, arm: str) -> float:
+        """Return the mean difference of the top-1 error."""
+        return analysis.compare(analysis.load_runs(figure3.HERE.parent / study)).loc[arm, "effect"]
+
     ratios = [effects(f"figure1/{name}")["tanh", "train_eval_epochs_to_25"].effect for name in ("code2012", "fan_in")]
     of_2012, by_fan_in = (f"{ratio:.1f} times as many" for ratio in ratios)
     assert f"tanh takes {of_2012} epochs to 25 % training error with the initial weights of 2012, {by_fan_in}" in said
@@ -36,6 +42,15 @@ def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
     assert f"fewer parameters, has {100 * column.effect:.1f} points more test error" in said
     assert f"lowers the test error by {100 * lrn.effect:.1f} points, a third of" in said
     assert lrn.effect / lrn.paper == pytest.approx(1 / 3, abs=0.05)
+    (of_2012,) = pd.read_csv(figure3.HERE.parent / "published.csv").query(
+        "arm == 'no_lrn' and metric == 'eval/top1_error' and by == '2012 runs'"
+    )["effect"]
+    relative = 100 * lrn.effect / lrn.reference, 100 * of_2012 / 0.40664  # of run 145
+    assert "of the error that is {:.1f} %, where the runs of 2012 had {:.1f} %".format(*relative) in said
+    assert f"lower without dropout, by {-100 * error_of('contributions/cifar10', 'no_dropout'):.1f} points" in said
+    assert f"{-100 * error_of('contributions/cifar10_5000', 'no_dropout'):.1f} on a tenth" in said
+    assert f"{-100 * error_of('dropout', 'no_dropout'):.1f} on digits, and without crops on digits by" in said
+    assert f"on digits by {-100 * error_of('augmentation', 'no_crops'):.1f}" in said
     assert f"does not lower the error: without overlap it is {-100 * overlap.effect:.1f} points lower" in said
     assert overlap.high < 0
     assert f"test and training error is {100 * crops.effect:.1f} points larger" in said
@@ -78,6 +93,11 @@ def test_committed_page_of_figure_3_is_current() -> None:
     more = (small["tower_0"] > small["tower_1"]).groupby(small["seed"]).mean()
     assert "with seed 5 tower 0 has more colour in every arm, with seed 1 tower 1" in said
     assert (more[5], more[1]) == (1, 0)
+    assert small[small["seed"].isin([1, 5])]["p"].lt(figure3.LEVEL).sum() == 8
+    excess = (small["tower_0"] - small["tower_1"]).abs() - small["by_chance"]
+    others = [values for seed, values in excess.groupby(small["seed"]) if seed != 5]
+    result = stats.f_oneway(*others)
+    assert f"without it F(8, 36) = {result.statistic:.1f}, p = {result.pvalue:.2f}" in said
     paper: dict[Any, Any] = {
         (row.arm, row.seed): row for row in figure3.read().query("study != @figure3.SMALL").itertuples()
     }

@@ -33,6 +33,7 @@ TARGET_ERROR = 0.25
 TEXT_COLUMNS = ("arm", "status", "metric", "claim", "verdict")  # headings of names; other columns have numbers
 NO_EFFECT = "no effect (within the margin)"
 SMALL_EFFECT = "small effect (within the margin)"  # which differs from zero
+SMALL_OPPOSITE = "small opposite effect (within the margin)"
 WITHDRAWN = "withdrawn: "  # how a verdict starts that does not count; the reason follows
 AT_LEAST, AT_MOST, UNKNOWN = "≥", "≤", "?"  # bounds of an effect, if runs are censored
 NONE_FOUND = "no value has a score, so the arm is not run; change tuning.choices or tuning.epochs"
@@ -185,17 +186,20 @@ def verdict(effects: np.ndarray, margin: float, *, higher: bool, bound: str = ""
     """Return the verdict on a claim that the effect is positive, or negative unless `higher`, whatever its size.
 
     If two one-sided t-tests at 5 % show that the effect is within the margin, which its 90 % CI then is, `NO_EFFECT`;
-    but `SMALL_EFFECT` if its 95 % CI is on one side of zero. Otherwise "reproduced" or "contradicted" if the 95 % CI is
-    on one side of zero, and "inconclusive" if it contains zero. "too few seeds" for fewer than two pairs. If effects
-    are bounds (`effect_bound`), what they do not exclude is "inconclusive".
+    but `SMALL_EFFECT` or `SMALL_OPPOSITE` if its 95 % CI is on one side of zero. Otherwise "reproduced" or
+    "contradicted" if the 95 % CI is on one side of zero, and "inconclusive" if it contains zero. "too few seeds" for
+    fewer than two pairs. If effects are bounds (`effect_bound`), what they do not exclude is "inconclusive"; so are
+    effects that are not finite, as of the logarithm of an error of zero.
     """
     if len(effects) < 2:
         return "too few seeds"
+    if not np.isfinite(effects).all():
+        return "inconclusive"
     _, low, high = mean_and_interval(effects, 0.90)
     is_within_margin = -margin < low and high < margin and not bound
     _, low, high = mean_and_interval(effects, 0.95)
     if is_within_margin:
-        return NO_EFFECT if low <= 0 <= high else SMALL_EFFECT
+        return NO_EFFECT if low <= 0 <= high else SMALL_EFFECT if (low > 0) == higher else SMALL_OPPOSITE
     if low <= 0 <= high or bound == UNKNOWN or bound == (AT_MOST if low > 0 else AT_LEAST):
         return "inconclusive"
     return "reproduced" if (low > 0) == higher else "contradicted"
@@ -213,15 +217,18 @@ def _objection(study: Mapping[str, Any], runs: pd.DataFrame, arm: str, metric: s
     return f"{WITHDRAWN}tuned value at the edge of its grid" if any(each["at_edge"] for each in tuned) else ""
 
 
-def claim_effects(study: Path | str) -> pd.DataFrame:
+def claim_effects(study: Path | str, claims: Iterable[Mapping[str, Any]] | None = None) -> pd.DataFrame:
     """Return a row for each claim, as numbers: `paper` is the paper's effect or NaN, low and high are the 95 % CI.
 
-    `bound` says whether the effect is a bound, because runs are censored (`effect_bound`). The verdict is "withdrawn: "
-    and the reason if runs of one of the two arms failed, if one has its tuned value at the edge of the grid, or if arms
-    were tuned by an error and the claim is about speed, or the reverse.
+    `reference` is the mean of the first arm. `bound` says whether the effect is a bound, because runs are censored
+    (`effect_bound`). The verdict is "withdrawn: " and the reason if runs of one of the two arms failed, if one has its
+    tuned value at the edge of the grid, or if arms were tuned by an error and the claim is about speed, or the reverse.
+
+    Args:
+      claims: None: those of the study.
     """
     runs, description, rows = load_runs(study), load_study(study), []
-    for claim in description["claims"]:
+    for claim in description["claims"] if claims is None else claims:
         arm, metric, ratio = claim["arm"], claim["metric"], claim["ratio"] is not None
         paper, margin = claim["ratio"] if ratio else claim["difference"], claim_margin(claim)
         effects = paired_effects(fill_censored(runs, metric), arm, metric, ratio=ratio)
@@ -230,22 +237,24 @@ def claim_effects(study: Path | str) -> pd.DataFrame:
         if len(effects) > 1:
             decision = _objection(description, runs, arm, metric) or decision
         interval = (np.exp if ratio else np.asarray)(mean_and_interval(effects))
-        measured = (*interval, bound, len(effects), margin, decision)
+        reference = runs.loc[runs["arm"] == runs["arm"].iloc[0], metric].mean()
+        measured = (reference, *interval, bound, len(effects), margin, decision)
         rows.append((arm, metric, claim["source"], ratio, np.nan if paper is None else paper, *measured))
-    columns = ["arm", "metric", "source", "ratio", "paper", "effect", "low", "high", "bound"]
+    columns = ["arm", "metric", "source", "ratio", "paper", "reference", "effect", "low", "high", "bound"]
     return pd.DataFrame(rows, columns=[*columns, "pairs", "margin", "verdict"])
 
 
-def verdicts(study: Path | str) -> pd.DataFrame:
+def verdicts(study: Path | str, claims: Iterable[Mapping[str, Any]] | None = None) -> pd.DataFrame:
     """Return `claim_effects` as text: errors in percentage points, ratios as "6 times"."""
     rows = []
-    for row in claim_effects(study).to_dict("records"):
+    for row in claim_effects(study, claims).to_dict("records"):
         show = _times if row["ratio"] else functools.partial(_show, row["metric"], sign="+")
         margin = f"factor {row['margin']:.3g}" if row["ratio"] else show(row["margin"]).replace("+", "±")
         rows.append(
             {
                 "arm": row["arm"],
                 "metric": row["metric"],
+                "reference": _show(row["metric"], row["reference"]),
                 "claim": f"{'higher' if np.isnan(row['paper']) else show(row['paper'])} ({row['source']})",
                 "found": f"{row['bound']} {show(row['effect'])}".strip(),
                 "95 % CI": _bounded(row["bound"], show, row["low"], row["high"]),

@@ -43,6 +43,7 @@ _COLOURS = {
     "reproduced": "--good",
     analysis.NO_EFFECT: "--neutral",
     analysis.SMALL_EFFECT: "--neutral",
+    analysis.SMALL_OPPOSITE: "--neutral",
     "inconclusive": "--neutral",
     "contradicted": "--bad",
     "failed": "--bad",

@@ -182,7 +182,10 @@ def table() -> str:
     ]
     rows = [[*headings, "epochs", "ratio", "95 % CI", "with the choice of the learning rate"]]
     for name, study in kept().items():
-        runs, trials, claims = analysis.load_runs(study), trial_times(study), analysis.verdicts(study).set_index("arm")
+        runs, trials = analysis.load_runs(study), trial_times(study)
+        (claim,) = analysis.load_study(study)["claims"]
+        compared = [claim | {"arm": arm} for arm in trials if arm != "relu"]
+        ratios = analysis.verdicts(study, compared).set_index("arm")
         finals = {arm: final_times(runs, arm) for arm in trials}
         best = {arm: of_arm[best_rate(of_arm)] for arm, of_arm in trials.items()}
         for arm, of_arm in trials.items():
@@ -193,8 +196,8 @@ def table() -> str:
             row.append(f"{bound}{mean_epochs(best[arm]) / mean_epochs(best['relu']):.2f}" if known else "")
             row += [str(len(times)), str(sum(not time.censored for time in times.values())), show(times)]
             ratio = interval = choice = ""
-            if arm in claims.index and claims["pairs"][arm] != "0":
-                ratio, interval = claims["found"][arm], claims["95 % CI"][arm]
+            if arm in ratios.index and ratios["pairs"][arm] != "0":
+                ratio, interval = ratios["found"][arm], ratios["95 % CI"][arm]
                 if with_choice := ratio_interval(trials, finals, arm, "relu"):
                     choice = f"{with_choice[0]:.3g} to {with_choice[1]:.3g}"
             rows.append([*row, ratio, interval, choice])

@@ -171,7 +171,8 @@ def test_verdicts_equal_the_decisions_of_scipys_tests(
     side = (effects.mean() > 0) == higher
     expected = "inconclusive" if p_value > 0.05 else "reproduced" if side else "contradicted"
     if one_sided_tests(effects, margin):
-        expected = analysis.NO_EFFECT if p_value > 0.05 else analysis.SMALL_EFFECT
+        small = analysis.SMALL_EFFECT if side else analysis.SMALL_OPPOSITE
+        expected = analysis.NO_EFFECT if p_value > 0.05 else small
     assert analysis.verdict(effects, margin, higher=higher) == expected
 
 
@@ -183,7 +184,10 @@ def test_verdicts_equal_the_decisions_of_scipys_tests(
         ([-0.1, -0.2, -0.3, -0.2], 0.05, False, "reproduced"),
         ([-0.1, 0.2, 0.3, -0.2], 0.05, True, "inconclusive"),
         ([0.01, 0.02, 0.01, 0.02], 0.05, True, "small effect (within the margin)"),
-        ([-0.01, -0.02, -0.01, -0.02], 0.05, True, "small effect (within the margin)"),
+        ([-0.01, -0.02, -0.01, -0.02], 0.05, True, "small opposite effect (within the margin)"),
+        ([-0.01, -0.02, -0.01, -0.02], 0.05, False, "small effect (within the margin)"),
+        ([-np.inf, 0.1, 0.2], 0.05, True, "inconclusive"),
+        ([np.nan, 0.1, 0.2], 0.05, False, "inconclusive"),
         ([-0.01, 0.02, 0.01, -0.02], 0.05, True, "no effect (within the margin)"),
         ([0.01, 0.02, 0.01, 0.02], 0.0, True, "reproduced"),
         ([0.0, 0.0, 0.0], 0.05, True, "no effect (within the margin)"),
@@ -214,7 +218,17 @@ def test_default_margins(metric: str, size: dict[str, float], margin: float) -> 
 def test_claims_are_compared_with_differences_and_ratios(study: Path) -> None:
     error, epochs = (row for _, row in analysis.verdicts(study).iterrows())
     assert error.tolist() == [
-        *("no_lrn", "eval/top1_error", "+1.40 (section 3.3)", "+3.33", "-0.46 to +7.13", "3", "±0.70", "inconclusive")
+        *(
+            "no_lrn",
+            "eval/top1_error",
+            "11.00",
+            "+1.40 (section 3.3)",
+            "+3.33",
+            "-0.46 to +7.13",
+            "3",
+            "±0.70",
+            "inconclusive",
+        )
     ]
     runs = analysis.load_runs(study)
     reference, values = (runs.loc[runs["arm"] == arm, "epochs_to_25"].to_numpy() for arm in ("lrn", "no_lrn"))
