@@ -54,7 +54,7 @@ def load_runs(study: Path | str) -> pd.DataFrame:
     """
     folder = StudyDir(study)
     if _is_summary(folder, folder.results_file):
-        return _read_csv(folder.results_file)
+        return _read_csv(folder.results_file).reindex(columns=list(COLUMNS))  # older ones lack some
     rows = []
     for arm, seed, run in folder.runs():
         row = {"arm": arm, "seed": seed, "status": run.status}

@@ -164,6 +164,15 @@ def test_browser_shows_the_page_without_scrolling_sideways(study: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_report_of_a_kept_study_that_lacks_a_newer_metric(study: Path, tmp_path: Path) -> None:
+    kept = StudyDir(tmp_path / "kept")
+    kept.path.mkdir()
+    shutil.copy(StudyDir(study).study_file, kept.study_file)
+    analysis.load_runs(study).drop(columns="train_eval_epochs_to_25").to_csv(kept.results_file, index=False)
+    analysis.load_curves(study).to_csv(kept.curves_file, index=False)
+    assert "no_lrn" in write_page(kept.path)
+
+
 def test_report_waits_for_one_that_another_process_writes(study: Path) -> None:
     """Otherwise the one that read the runs first could overwrite the other's, which may have more of them."""
     lock = filelock.FileLock(StudyDir(study).lock_file, is_singleton=False)
