@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # these modules import JAX, and the report does not need it
     from alexnet_jax.data.datasets import Dataset
     from alexnet_jax.evaluate import Outcomes
 
+FORMATS = (".png", ".jpg", ".pdf", ".svg")  # in which `save` writes
 SHUFFLES = 1000
 ERRORS_SHOWN = 25
 
@@ -143,9 +144,9 @@ def figure_4(predictions: Sequence[Prediction]) -> Figure:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a figure as PNG, atomically."""
+    """Write a figure, atomically, in the format that the file's name ends in, one of `FORMATS`."""
     with run_dir.atomic_write(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format=file.suffix[1:].lower(), dpi=150)
 
 
 def _show(axes: Axes, image: np.ndarray, title: str = "", **options: Any) -> None:

@@ -20,8 +20,13 @@ from support import REPOSITORY
 
 FOLDER = REPOSITORY / "experiments" / "weights"
 CARD = (FOLDER / "README.md").read_text()
-CIFAR10 = REPOSITORY.parent / "shared" / "data" / "cifar10_jpeg_q75.tar.xz"
-CONFIGS = {"digits": "configs/ablation_lrn.py", "cifar10": "configs/ablation_lrn.py:cifar10"}
+DATA = REPOSITORY.parent / "shared" / "data"
+CONFIGS = {
+    "digits": "configs/ablation_lrn.py",
+    "cifar10": "configs/ablation_lrn.py:cifar10",
+    "imagenette": "configs/ablation_lrn.py:imagenette_small",
+}
+WORDNET = "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 n03888257".split()
 
 
 def config_of(name: str) -> ConfigDict:
@@ -53,27 +58,44 @@ def test_card_is_of_the_digits_network() -> None:
 
 
 @pytest.mark.slow
-def test_card_is_of_the_network_of_photographs() -> None:
-    """Its error on every tenth held-out image is what the card says, within its binomial error."""
-    if not CIFAR10.exists():
-        pytest.skip("needs CIFAR-10 as JPEGs, which is not here")
-    with tarfile.open(CIFAR10) as tar:
-        held_out = sorted((file for file in tar if file.isfile() and "test/" in file.name), key=lambda file: file.name)
+@pytest.mark.parametrize(
+    ("name", "archive", "split", "wrong", "count", "what"),
+    [
+        ("cifar10", "cifar10_jpeg_q75.tar.xz", "test/", 2363, 10_000, "held-out images"),
+        ("imagenette", "imagenette_160.tar.xz", "val/", 1023, 3925, "held-out photographs"),
+    ],
+)
+def test_card_is_of_the_networks_of_photographs(
+    name: str, archive: str, split: str, wrong: int, count: int, what: str
+) -> None:
+    """Their error on every tenth held-out image is what the card says, within its binomial error."""
+    assert error_on_card(wrong, count, what) in CARD
+    if not (DATA / archive).exists():
+        pytest.skip(f"needs {archive}, which is not here")
+    config = config_of(name)
+    with tarfile.open(DATA / archive) as tar:
+        held_out = sorted((file for file in tar if file.isfile() and split in file.name), key=lambda file: file.name)
+        assert len(held_out) == count
         files = {file.name: tar.extractfile(file) for file in held_out[::10]}
-        images = {name: image_io.decode(file.read(), 3) for name, file in files.items() if file is not None}
-    config = config_of("cifar10")
-    names = weights.load_network(FOLDER / "cifar10.safetensors", config).class_names
+        contents = {path: file.read() for path, file in files.items() if file is not None}
+    # As in preparation: photographs are resized, small images kept.
+    images = [
+        image_io.decode(image_io.encode_jpeg(content, config.data.image_size), 3) for content in contents.values()
+    ]
+    names = (
+        WORDNET if name == "imagenette" else weights.load_network(FOLDER / f"{name}.safetensors", config).class_names
+    )
     assert names is not None
-    labels = np.array([names.index(Path(name).parent.name) for name in images])
-    outcomes = outcomes_on("cifar10", config, Arrays(np.stack(list(images.values())), labels))
-    wrong = int(outcomes.metrics["top1_error"].sum())
-    assert error_on_card(2363, 10_000, "held-out images") in CARD
-    assert len(labels) == 1000
-    assert stats.binomtest(wrong, 1000, 0.2363).pvalue > 0.001
+    labels = np.array([names.index(Path(path).parent.name) for path in contents])
+    outcomes = outcomes_on(name, config, Arrays(np.stack(images), labels))
+    assert stats.binomtest(int(outcomes.metrics["top1_error"].sum()), len(labels), wrong / count).pvalue > 0.001
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "image", "expected"), [("digits", "7.png", "7"), ("cifar10", "horse.jpg", "horse")])
+@pytest.mark.parametrize(
+    ("name", "image", "expected"),
+    [("digits", "7.png", "7"), ("cifar10", "horse.jpg", "horse"), ("imagenette", "parachute.jpg", "parachute")],
+)
 def test_released_network_recognises_its_example(name: str, image: str, expected: str) -> None:
     (prediction,) = predict.predict(FOLDER / f"{name}.safetensors", [FOLDER / image], config=config_of(name))
     assert prediction.classes[0] == expected

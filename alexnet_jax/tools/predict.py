@@ -165,6 +165,8 @@ def main(arguments: argparse.Namespace) -> None:
     """Print the most probable classes of each image, and draw them."""
     if arguments.neighbours is not None and arguments.neighbours < 0:
         raise ValueError(f"--neighbours={arguments.neighbours}: must be 0 or more")
+    if arguments.output.suffix.lower() not in figures.FORMATS:
+        raise ValueError(f"--output={arguments.output}: must end in one of {', '.join(figures.FORMATS)}")
     config = None if arguments.config is None else config_lib.reference_run(arguments.config)
     trained = config or RunDir(arguments.run).read_config()
     initialize(trained.model.towers if trained else 1)

@@ -194,6 +194,12 @@ def test_class_names_are_no_markup(
         assert f" {name} " in printed
 
 
+def test_figure_has_the_format_of_its_name(run: Path, digits: list[Path], tmp_path: Path) -> None:
+    for name, start in (("figure.JPG", b"\xff\xd8"), ("figure.svg", b"<?xml"), ("figure.png", b"\x89PNG")):
+        run_verb(f"--run={run}", "--neighbours=0", f"--output={tmp_path / name}", str(digits[1]))
+        assert (tmp_path / name).read_bytes().startswith(start)
+
+
 def test_figure_that_cannot_be_written_costs_no_table(
     run: Path, digits: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,7 +219,8 @@ def test_bad_input_raises_before_anything_is_drawn(run: Path, digits: list[Path]
         ([f"--run={tmp_path}", image], "must be a run's folder"),
         ([f"--run={run}", "--neighbours=1001", image], "must be at most the 1000 held-out images"),
         ([f"--run={run}", "--neighbours=-1", image], "--neighbours=-1: must be 0 or more"),
+        ([f"--run={run}", image, f"--output={tmp_path / 'figure.txt'}"], r"figure.txt: must end in one of .png, .jpg"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_verb(*arguments, f"--output={tmp_path / 'figure.png'}")
-    assert not (tmp_path / "figure.png").exists()
+            run_verb(f"--output={tmp_path / 'figure.png'}", *arguments)
+    assert not list(tmp_path.glob("figure.*"))
