@@ -30,7 +30,8 @@ def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
 
     def error_of(study: str, arm: str) -> float:
         """Return the mean difference of the top-1 error."""
-        return analysis.compare(analysis.load_runs(figure3.HERE.parent / study)).loc[arm, "effect"]
+        runs = analysis.load_runs(figure3.HERE.parent / study)
+        return float(analysis.paired_effects(runs, arm, "eval/top1_error").mean())
 
     ratios = [effects(f"figure1/{name}")["tanh", "train_eval_epochs_to_25"].effect for name in ("code2012", "fan_in")]
     of_2012, by_fan_in = (f"{ratio:.1f} times as many" for ratio in ratios)
