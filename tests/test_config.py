@@ -563,9 +563,12 @@ def test_accepted_values_train() -> None:
         if not refusal(config_lib.validate, changed := set_field(config, key, value))
     ]
     assert len(cases) > 200
+    traced = 0
     for changed in random.Random(0).sample(cases, 12):
         if not refusal(train.open_run, changed):
             trace_step(train.open_run(changed))
+            traced += 1
+    assert traced > 6
 
 
 def test_decay_on_plateau_requires_a_validation_split() -> None:

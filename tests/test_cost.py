@@ -203,7 +203,11 @@ def test_command_prints_the_table() -> None:
         ("--flops=65e9", 2, "must be given together"),
     ],
 )
-def test_command_reports_bad_arguments_in_one_line(argument: str, status: int, message: str) -> None:
-    done = run(argument)
-    assert done.returncode == status
-    assert message in done.stderr.splitlines()[-1]
+def test_command_reports_bad_arguments_in_one_line(
+    argument: str, status: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--config=configs/networks/paper.py", argument])
+    with pytest.raises(SystemExit) as end:
+        cost.main()
+    assert end.value.code == status
+    assert message in capsys.readouterr().err.splitlines()[-1]

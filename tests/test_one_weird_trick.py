@@ -101,7 +101,8 @@ for batch_size in (8, 6):
 @pytest.mark.slow
 def test_two_towers_on_four_devices_equal_the_papers_layout_on_one() -> None:
     """Each shard of the batch is a multiple of the number of towers."""
-    done = run_script(FOUR_DEVICES, **{name: value for name, value in os.environ.items() if name.startswith("JAX_")})
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_"))}
+    done = run_script(FOUR_DEVICES, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "2\n1\n"
 

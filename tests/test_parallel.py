@@ -185,28 +185,14 @@ def test_two_data_shards_are_one_device() -> None:
         jax.tree.map(agree, one_device.batch_stats, two_devices.batch_stats)
 
 
-FOUR_DEVICES = """
-import jax
-jax.config.update("jax_num_cpu_devices", 4)
-from jax.sharding import PartitionSpec
-from alexnet_jax.parallel import make_executor
-from support import noise_setup, run_config
-from test_parallel import FEW_LAYERS, lower_step
-print(make_executor("auto", 2, batch_size=6).shards, make_executor("auto", 1, batch_size=6).shards)
-setup = noise_setup(run_config(**FEW_LAYERS | {"train.batch_size": 6}))
-print(setup.executor.name, len(setup.executor.devices))
-(state, batch, *_), _ = lower_step(setup).compile().input_shardings
-assert {sharding.spec for sharding in jax.tree.leaves(state)} == {PartitionSpec("tower")}
-assert {sharding.spec for sharding in jax.tree.leaves(batch)} == {PartitionSpec("data")}
-"""
-
-
-@pytest.mark.slow
-def test_two_towers_on_four_devices_shard_the_batch() -> None:
-    """The compiled step takes the batch sharded: no device holds all of it. Its value is compared in test_processes."""
-    done = run_script(FOUR_DEVICES)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "2 3\nshard_map 4\n"
+def test_batch_is_sharded_over_as_many_devices_as_divide_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [SimpleNamespace(platform="cpu")] * 4
+    monkeypatch.setattr(parallel.jax, "devices", lambda: devices)
+    assert make_executor("auto", 2, batch_size=6) == Executor("shard_map", 2, shards=2)
+    assert make_executor("auto", 1, batch_size=6) == Executor("shard_map", 1, shards=3)
+    assert make_executor("auto", 2, batch_size=6, parts=2) == Executor("pmap", 2)
+    assert make_executor("auto", 4, batch_size=6) == Executor("pmap", 4)
+    assert make_executor("auto", 5, batch_size=6) == Executor("vmap", 5)
 
 
 @pytest.mark.parametrize(

@@ -41,4 +41,4 @@ def test_scenarios_pass(tmp_path: Path) -> None:
     assert [row["scenario"] for row in rows] == list(COUNTS)
     for row in rows:
         assert f"{row['scenario']} ends with 0" in done.stdout
-        assert row["passed"] == row["tried"], done.stdout
+        assert int(row["passed"]) == int(row["tried"]) > 0, done.stdout

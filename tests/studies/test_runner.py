@@ -16,6 +16,7 @@ import filelock
 import jax
 import pandas as pd
 import pytest
+from markupsafe import Markup
 from ml_collections import ConfigDict
 
 from alexnet_jax import model, stop, train
@@ -27,9 +28,9 @@ from alexnet_jax.data import prepare, sources
 from alexnet_jax.data.loader import train_batches
 from alexnet_jax.evaluate import evaluate_runs
 from alexnet_jax.run_dir import RunDir, StudyDir, read_json, write_json, write_text
-from alexnet_jax.studies import analysis, runner
+from alexnet_jax.studies import analysis, report, runner
 from alexnet_jax.tools import predict, summary
-from support import SHALLOW, TINY, run_config
+from support import SHALLOW, run_config
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_scales_of_a_study_have_folders_of_their_own(spec: str, name: str, monke
 
 def tiny_study(**changes: Any) -> ConfigDict:
     config = ablation_lrn.get_config()
-    config.update_from_flattened_dict(TINY | {"train.epochs": 0.004, "seeds": (0,), **changes})
+    config.update_from_flattened_dict(SHALLOW | {"train.epochs": 0.004, "seeds": (0,), **changes})
     return config
 
 
@@ -98,6 +99,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
         write_json(folder.result_file, result | validation)
 
     monkeypatch.setattr(runner.train, "train_and_evaluate", train_and_evaluate)
+    monkeypatch.setattr(report, "_svg", lambda *_: Markup(""))  # test_report.py has the plots
     return calls
 
 
@@ -224,7 +226,7 @@ def test_study_starts_from_weights_and_says_so(
     trained: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def make_source(classes: int) -> None:
-        config, source = run_config(**TINY), RunDir(tmp_path / "source")
+        config, source = run_config(**SHALLOW), RunDir(tmp_path / "source")
         shutil.rmtree(source.path, ignore_errors=True)
         variables = model.init(config.model, classes, (23, 23, 1), 3)
         save_run(source, TrainedNetwork(config, classes, variables), train.new_state(config, variables), {})
@@ -586,7 +588,7 @@ def test_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: pyt
     before, paths = files(tmp_path), set(tmp_path.rglob("*"))
     runner.print_plan(tiny_study(**tuning), tmp_path, ["lrn", "no_lrn"])
     printed = capsys.readouterr().out
-    size = summary.sizes(run_config(**TINY), 10, 1)
+    size = summary.sizes(run_config(**SHALLOW), 10, 1)
     numbers = rf"{size['parameters']:,} │ +{size['multiply_adds']:,}"
     for name, status, steps in (
         ("lrn/learning_rate_0.5/seed_1000", "not started", 2),
