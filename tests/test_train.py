@@ -35,8 +35,8 @@ from alexnet_jax.run_dir import RunDir, read_json
 from support import FREELY_CHANGED, SHALLOW, TINY, random_statistics, run_config
 
 
-@pytest.fixture(autouse=True)
-def few_held_out_images(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def few_held_out_images() -> Iterator[None]:
     """Evaluate 100 of the embedded images, which otherwise take most of a short run's time."""
     load = datasets.load
 
@@ -46,7 +46,9 @@ def few_held_out_images(monkeypatch: pytest.MonkeyPatch) -> None:
         fewer = datasets.subsample(dataset.evaluation, 100) if is_embedded else dataset.evaluation
         return dataclasses.replace(dataset, evaluation=fewer)
 
-    monkeypatch.setattr(datasets, "load", load_fewer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load", load_fewer)
+        yield
 
 
 STREAMED = {"data.resident_bytes": 0, "data.host_bytes": 0}
