@@ -71,7 +71,20 @@ def test_short_list_of_results_has_the_numbers_of_the_studies() -> None:
     assert f"in conv1 to conv4 and {100 * fewer:.0f} % fewer parameters" in said
     digits = effects("pooling")["no_overlap", "eval/top1_error"]
     assert f"On digits overlap lowers the error, by {100 * digits.effect:.1f} points" in said
+    photos = effects("contributions/imagenette_small")
+    without_crops, without_dropout = (photos[arm, "generalisation_gap"] for arm in ("no_crops_nor_flips", "no_dropout"))
+    error = error_of("contributions/imagenette_small", "no_crops_nor_flips")
+    gap_and_error = (
+        f"{100 * without_crops.effect:.1f} points larger without crops and flips, and the error {100 * error:.1f}"
+    )
+    assert f"three of five planned seeds) the gap is {gap_and_error} points" in said
+    assert f"without dropout the gap is {100 * without_dropout.effect:.1f} points larger, and no change of" in said
+    photo_runs = analysis.compare(analysis.load_runs(figure3.HERE.parent / "contributions" / "imagenette_small"))
+    for arm in ("no_dropout", "no_colour"):
+        assert photo_runs.loc[arm, "effect_low"] < 0 < photo_runs.loc[arm, "effect_high"]
+        assert photo_runs.loc[arm, "pairs"] == 3
     notebook = (figure3.HERE.parent / "contributions" / "notebook.ipynb").read_text()
+    assert f"without them it is {100 * error:.1f} points higher" in notebook
     assert "**LRN** helps, by less than half" in notebook
     assert lrn.verdict == analysis.SMALL_EFFECT
     assert "**Overlapping pooling** does not help" in notebook
@@ -100,8 +113,11 @@ def test_committed_page_of_figure_3_is_current() -> None:
     result = stats.f_oneway(*others)
     assert f"without it F(8, 36) = {result.statistic:.1f}, p = {result.pvalue:.2f}" in said
     paper: dict[Any, Any] = {
-        (row.arm, row.seed): row for row in figure3.read().query("study != @figure3.SMALL").itertuples()
+        (row.arm, row.seed): row for row in figure3.read().query("study == @figure3.PAPERS").itertuples()
     }
+    quarter = figure3.read().query("study == 'Imagenette, a quarter of the paper\\'s filters'")
+    assert (len(quarter), (quarter["p"] < figure3.LEVEL).sum()) == (12, 0)
+    assert "of the 12 runs with a quarter of its filters, none" in said
     assert "one seed of two has a tower that specialises in colour, with either initial weights" in said
     assert "it is tower 1 from the weights of the text, tower 0 from those of the code" in said
     for arm, tower in (("text", 1), ("code2012", 0)):
@@ -138,7 +154,7 @@ def test_tower_of_coloured_filters_has_a_small_p_value(tmp_path: Path) -> None:
             write_json(run.result_file, {"steps": 1})
             np.save(run.filters_file, np.stack(filters).astype(np.float32))
     apart, split, *others = figure3.measure(tmp_path)
-    assert [run["arm"] for run in others] == ["apart", "mixed"]  # of the second study
+    assert [run["arm"] for run in others] == 2 * ["apart", "mixed"]  # of the other studies
     assert apart["tower_0"] == pytest.approx(0, abs=1e-6)
     assert apart["tower_1"] > 0.5
     assert apart["p"] == pytest.approx(1 / (1 + figure3.SHUFFLES))

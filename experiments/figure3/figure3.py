@@ -22,10 +22,11 @@ from alexnet_jax.studies import analysis
 from experiments import pages
 
 HERE = Path(__file__).resolve().parent
-SMALL = "CIFAR-10, small network"
+SMALL, PAPERS = "CIFAR-10, small network", "Imagenette, the paper's network"
 STUDIES = {
     "ablation_contributions_cifar10": SMALL,
-    "initialisation_imagenette": "Imagenette, the paper's network",
+    "initialisation_imagenette": PAPERS,
+    "ablation_contributions_imagenette_small": "Imagenette, a quarter of the paper's filters",
 }
 DRAWN = {f"initialisation_imagenette/text/seed_{seed}": f"Imagenette, text, seed {seed}" for seed in (0, 1)}
 SHUFFLES = 9_999  # of a permutation test
@@ -40,7 +41,8 @@ def measure(runs: Path) -> Iterator[dict[str, Any]]:
     fraction of these that have at least the same difference as the run: a permutation test.
     """
     for study, name in STUDIES.items():
-        for arm, seed, run in StudyDir(runs / study).runs():
+        folder = StudyDir(runs / study)
+        for arm, seed, run in folder.runs() if folder.path.exists() else []:
             if (filters := run.read_filters()) is None or len(filters) != 2:
                 continue
             fractions = figures.colour_fractions(filters)
@@ -102,7 +104,7 @@ def draw_runs(axes: Axes) -> None:
     """Draw the mean colour fraction of one tower's filters against that of the other's, a mark for each run."""
     runs = read()
     trained = runs[~runs["arm"].isin(UNTRAINED)]
-    for (study, of_study), colour in zip(trained.groupby("study", sort=False), ("C0", "C1"), strict=True):
+    for (study, of_study), colour in zip(trained.groupby("study", sort=False), ("C0", "C1", "C2"), strict=True):
         clear = of_study["p"] < LEVEL
         for chosen, label, face in ((clear, f"p < {LEVEL}", colour), (~clear, "other runs", "none")):
             towers = of_study.loc[chosen, ["tower_0", "tower_1"]].to_numpy().T
