@@ -369,8 +369,8 @@ def max_pool(x: jax.Array, *, window: int, stride: int, ceil: bool) -> jax.Array
         # XLA's own gradient is a select-and-scatter: it searches each window for its maximum once more, and on GPUs
         # is not deterministic.
         padded = pad(x)
-        whole = axis_gradient(axis_gradient(cotangent, maximum(padded, 2), 1), padded, 2)
-        return (whole[:, : x.shape[1], : x.shape[2]],)
+        padded_gradient = axis_gradient(axis_gradient(cotangent, maximum(padded, 2), 1), padded, 2)
+        return (padded_gradient[:, : x.shape[1], : x.shape[2]],)
 
     gradients = {"cpu": gradient, "gpu": gradient}
     return _with_kernels("max_pool", plain, values={"cpu": value}, gradients=gradients)(x)

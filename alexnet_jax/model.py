@@ -201,9 +201,9 @@ def forward(
     padded = jnp.pad(images, [(0, count * towers - len(images)), *[(0, 0)] * (images.ndim - 1)])
     part = lax.dynamic_slice_in_dim(padded, tower * count, count)
     modules = {module for name in shared for module in (name, f"{name}_batch_norm")}
-    own = {kind: {name: of[name] for name in of if name in modules} for kind, of in variables.items()}
+    tower_variables = {kind: {name: of[name] for name in of if name in modules} for kind, of in variables.items()}
     with jax.named_scope(SHARED_PARAMETERS):
-        gathered = lax.all_gather(own, TOWER)
+        gathered = lax.all_gather(tower_variables, TOWER)
     local = network.clone(tower_axis="local_tower", data_axes=(DATA, TOWER), stop=len(shared))
     of_towers = jax.vmap(partial(apply, local), in_axes=(0, None, 0), axis_name=local.tower_axis)
     features, updated = of_towers(gathered, part, jnp.arange(towers))

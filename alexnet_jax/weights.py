@@ -352,9 +352,9 @@ def _read_torch(path: Path) -> tuple[Arrays, dict[str, Any]]:
     except ImportError:
         raise ValueError("PyTorch reads .pth files; pip install torch, or save it as .safetensors") from None
     except Exception as error:  # of many kinds
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
+        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"it holds {found[1]}, and only tensors are loaded; save the state_dict() alone"
+                f"it holds {unsafe[1]}, and only tensors are loaded; save the state_dict() alone"
             ) from error
         raise ValueError("it is damaged, or was not written by torch.save; save or download it again") from error
     while isinstance(content, Mapping) and (inner := [content[key] for key in _WRAPPINGS if key in content]):

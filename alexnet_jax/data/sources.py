@@ -177,8 +177,8 @@ def _hold_out(train: list[tuple[int, Path]], fraction: float) -> dict[str, list[
 def _entries(directory: Path) -> list[os.DirEntry[str]]:
     """Return what a folder has, sorted by name, without hidden and system files; raise ValueError if it has nothing."""
     try:
-        with os.scandir(directory) as found:
-            visible = [entry for entry in found if not entry.name.startswith(".") and entry.name not in SYSTEM_FILES]
+        with os.scandir(directory) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in SYSTEM_FILES]
     except OSError as error:
         raise ValueError(f"{directory}: must be a readable folder ({error.strerror}); move or delete it") from error
     if not visible:

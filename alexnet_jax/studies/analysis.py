@@ -318,8 +318,8 @@ def tuning_notes(study: Path | str) -> dict[str, str]:
             for value, score in tuned["scores"].items()
         ]
         edge = f", {AT_EDGE}" if tuned["at_edge"] else ""
-        found = f"{key}: {NONE_FOUND}" if tuned["chosen"] is None else f"{key} = {tuned['chosen']}{edge}"
-        notes[arm] = f"{found}. Tuned by {metric} ({', '.join(texts)})"
+        choice = f"{key}: {NONE_FOUND}" if tuned["chosen"] is None else f"{key} = {tuned['chosen']}{edge}"
+        notes[arm] = f"{choice}. Tuned by {metric} ({', '.join(texts)})"
     return notes
 
 
