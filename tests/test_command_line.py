@@ -118,7 +118,7 @@ def test_bad_input_is_one_line_and_exit_status_1(
         ("prepare", "photos", "--size=0"): "--size=0: must be ",
         ("evaluate", "--run=nowhere"): "nowhere",
         ("predict", "--run=nowhere", "image.jpg"): "nowhere",
-        ("summary", "--config=nowhere.py"): "--config=nowhere.py: no such file",
+        ("summary", "--config=nowhere.py"): "--config=nowhere.py: must be a file",
         ("convert", "nowhere.npy", "target.npy"): "nowhere.npy",
         ("report", "nowhere"): "nowhere is not a study's folder",
     }
@@ -149,7 +149,7 @@ def test_studies_run_from_any_folder(
         ("-m", "alexnet_jax.main", LRN, "--dry_run", "--seeds=0:1"),
     )
     assert as_verb.returncode == 0, as_verb.stderr
-    assert re.findall(r"│ (\w+), seed (\d) ", as_verb.stdout) == [
+    assert re.findall(r"│ (\w+)/seed_(\d) ", as_verb.stdout) == [
         ("lrn", "0"),
         ("no_lrn", "0"),
         ("lrn_after_pooling", "0"),
@@ -158,7 +158,7 @@ def test_studies_run_from_any_folder(
     monkeypatch.chdir(tmp_path)
     __main__.run_verb("run", ["--config=my_study.py", "--dry_run", "--only=wide_and_slow"])
     printed = capsys.readouterr().out
-    assert re.findall(r"│ (\w+), seed (\d) ", printed) == [("wide_and_slow", str(seed)) for seed in range(5)]
+    assert re.findall(r"│ (\w+)/seed_(\d) ", printed) == [("wide_and_slow", str(seed)) for seed in range(5)]
     assert "my_study" in printed
     sentence = run_main(monkeypatch, "run", "--config=my_study.py:tiny", "--dry_run")
     assert re.match(r"alexnet-jax run: my_study.py:\d+: scale=tiny: must be one of embedded, ", str(sentence))

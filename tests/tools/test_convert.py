@@ -4,7 +4,6 @@ import argparse
 import os
 import pickle
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -185,11 +184,18 @@ def test_pth_that_would_run_code_is_refused_and_runs_none(torch: ModuleType, tmp
 
 
 @pytest.mark.slow
-def test_pth_without_pytorch_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pth_without_pytorch_names_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "net.pth").touch()
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ValueError, match=r"net\.pth: cannot be read: PyTorch reads \.pth files; pip install torch"):
-        weights.read_file(tmp_path / "net.pth", reduced("torchvision"))
+    script = f"""
+import sys
+sys.modules["torch"] = None
+from pathlib import Path
+from support import reduced
+from alexnet_jax import weights
+weights.read_file(Path({str(tmp_path / "net.pth")!r}), reduced("torchvision"))
+"""
+    done = run_script(script, HOME=str(tmp_path))
+    assert "net.pth: cannot be read: PyTorch reads .pth files; pip install torch" in done.stderr
 
 
 @pytest.mark.parametrize(
