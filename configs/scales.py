@@ -5,16 +5,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# Features, and standard deviation of the initial weights, of the layers that are alike in all small networks.
+NARROW = {"conv3": (96, 0.06), "conv4": (96, 0.07), "conv5": (64, 0.07), "fc7": (256, 0.09)}
+
 
 def _narrow(**layers: tuple[int, float]) -> dict[str, Any]:
-    """Return the features of each layer and the standard deviation of its initial weights; its initial biases are 0.
+    """Return the changes that `NARROW` and further layers make; initial biases are 0.
 
     Small scales standardise pixels, and their standard deviations are sqrt(2 / fan-in) (He et al., 2015): the paper's
     0.01, with biases of 1, needs raw pixels and weeks of training.
     """
     return {
         f"model.layers.{layer}.{field}": value
-        for layer, (features, weight_std) in layers.items()
+        for layer, (features, weight_std) in (NARROW | layers).items()
         for field, value in (("features", features), ("weight_std", weight_std), ("bias", 0.0))
     }
 
@@ -22,15 +25,7 @@ def _narrow(**layers: tuple[int, float]) -> dict[str, Any]:
 # The paper's two towers with their communication, LRN, overlapping pooling and dropout, for images of about 32 pixels.
 # Crops of 23 pixels, about cuda-convnet's 24 of 32: feature maps of 23, 11, 5 and 2 pixels have the same size after
 # pooling with windows of 3 and of 2, as the paper's 55, 27, 13 and 6.
-SMALL_NETWORK = _narrow(
-    conv1=(32, 0.2),
-    conv2=(64, 0.07),
-    conv3=(96, 0.06),
-    conv4=(96, 0.07),
-    conv5=(64, 0.07),
-    fc6=(256, 0.09),
-    fc7=(256, 0.09),
-) | {
+SMALL_NETWORK = _narrow(conv1=(32, 0.2), conv2=(64, 0.07), fc6=(256, 0.09)) | {
     "model.layers.conv1.kernel": 5,
     "model.layers.conv1.stride": 1,
     "model.layers.conv1.padding": (2, 2),
@@ -78,15 +73,7 @@ IMAGENETTE = {
 
 # The paper's kernels and strides with a quarter of its filters and a sixteenth of its neurons, for photographs of 128
 # pixels: feature maps of 31, 15, 7 and 3 pixels.
-IMAGENETTE_SMALL = _narrow(
-    conv1=(24, 0.07),
-    conv2=(64, 0.08),
-    conv3=(96, 0.06),
-    conv4=(96, 0.07),
-    conv5=(64, 0.07),
-    fc6=(256, 0.06),
-    fc7=(256, 0.09),
-) | {
+IMAGENETTE_SMALL = _narrow(conv1=(24, 0.07), conv2=(64, 0.08), fc6=(256, 0.06)) | {
     "data.name": "imagenette",
     "data.image_size": 146,
     "data.crop": 128,

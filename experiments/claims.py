@@ -58,7 +58,7 @@ def list_claims(study: Path) -> pd.DataFrame:
                 {"study": name}
                 | claim
                 | {"n": f"{n} of {planned}" if is_early else str(n)}
-                | {"margin": claim["margin"], "verdict": claim["verdict"] + ", preliminary" * (is_early and counts)}
+                | {"verdict": claim["verdict"] + ", preliminary" * (is_early and counts)}
                 | {"data": training if claim["metric"] in analysis.CENSORED else reported}
             )
     columns = ["study", "arm", "metric", "reference", "claim", "found", "95 % CI", "n", "margin", "verdict", "data"]
